@@ -1,0 +1,52 @@
+//! What happened: made by the lab from real clients and by the replay from simulated ones, summed up by one report.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use vmatrix_model::plan::Decision;
+use vmatrix_model::{Bytes, NetworkId, RegionId, ServiceId, Span, Time};
+
+/// Everything a play recorded. Times are since the start of the play.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Recording {
+    /// `tcg`, `kvm`, or `replay`.
+    pub accelerator: String,
+    /// In order of `at`.
+    pub requests: Vec<Request>,
+    /// In order.
+    pub decisions: Vec<Decision>,
+    /// Running instances per (service, network), whenever that changed.
+    pub instances: Vec<InstancesAt>,
+    /// Image bytes that crossed the WAN.
+    pub bytes_moved: Bytes,
+    /// Whether, at the end, each service ran at home alone and every other copy was dormant.
+    pub returned_to_dormant: bool,
+    /// Writes that were acknowledged, and of these the ones not found when read through another network.
+    pub writes: u64,
+    pub lost_writes: u64,
+    /// Canary bytes found in the capture of the whole WAN.
+    pub plaintext_bytes_on_wan: u64,
+    /// Why, in sentences.
+    pub explain: Vec<String>,
+    /// Anything else that a reader must know (a fault that was injected, a check that could not run).
+    pub notes: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    pub at: Time,
+    pub service: ServiceId,
+    pub region: RegionId,
+    /// The network whose public address answered.
+    pub network: Option<NetworkId>,
+    /// From the first packet of the connection to the last byte of the answer.
+    pub took: Span,
+    /// Why it failed, if it did.
+    pub failed: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InstancesAt {
+    pub at: Time,
+    pub service: ServiceId,
+    pub serving: BTreeMap<NetworkId, u32>,
+}
