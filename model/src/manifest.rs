@@ -78,9 +78,8 @@ pub struct GuestSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Health {
+    /// Plain HTTP, asked from inside the cell; it need not be a declared port.
     pub port: u16,
-    #[serde(default)]
-    pub tls: bool,
     pub path: String,
     /// HTTP status that means healthy.
     pub status: u16,

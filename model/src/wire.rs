@@ -7,6 +7,7 @@ use crate::placement::Placement;
 use crate::plan::{Decision, Plan};
 use crate::steering::Steering;
 use crate::{Generation, NetworkId, RegionId, ServiceId, Time};
+use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -104,6 +105,11 @@ pub struct PeerRequest {
 pub struct PeerGrant {
     /// The cell's address in the owner's intranet.
     pub address: Ipv4Addr,
+    /// The owner's intranet: what the cell sends into the tunnel.
+    pub intranet: Ipv4Net,
+    /// Whether the gateway did not know this key a moment ago: what both had agreed on is void, so the
+    /// cell shakes hands anew instead of waiting until it notices silence.
+    pub fresh: bool,
     /// The gateway's WireGuard public key, base64.
     pub public_key: String,
     /// Where its UDP port is.
