@@ -1,1 +1,396 @@
+//! The VM agent's decisions: what one network is to run, against what its machines are seen to run.
+//!
+//! ```text
+//! assignment ─┐                                   ┌─▶ steps to machines
+//! machines  ──┼─▶ which cells stay, which go, ────┼─▶ the edge's whole config
+//! edge seen ──┘   one step towards each           └─▶ inventory to the CPA
+//! ```
+//!
+//! One instance, as its state follows from what is seen (nothing is remembered that a look does not
+//! show, so a restart of the agent needs no recovery):
+//!
+//! ```text
+//!  wanted: (no cell) ─Prepare▶ Ready ─Resume▶ Healthy ─edge config▶ Serving
+//!               ▲                ▲                                     │ no longer wanted
+//!               │                └──── Lost, Sick: out of rotation,    ▼
+//!               │                      suspended, resumed again     Draining
+//!               └─Release─ Ready ◀─Suspend─ (no connection, or drain is over) ─┘
+//! ```
+//!
+//! - no cell → Preparing: a machine has the image whole and the memory free.
+//! - Preparing → Resuming: the cell is seen whole.
+//! - Resuming → Healthy: the VM is seen to answer.
+//! - Healthy → Serving: the edge has confirmed a config that holds it.
+//! - Serving → Draining: the assignment wants fewer; it is out of rotation, its connections stay.
+//! - Draining → Suspending: the edge has confirmed, and no connection is left or `drain` is over.
+//! - Suspending → dormant: VM and cell are seen gone.
+//!
+//! # Invariants
+//! 1. An assignment older than the one in force is refused. One of the same generation replaces it: where
+//!    stragglers are forwarded to may change while a placement is being reached.
+//! 2. A cell is in rotation only while it was last seen Healthy.
+//! 3. A cell that may be in rotation is not suspended.
+//! 4. One step at a time for an instance.
+//! 5. Nothing is dropped or drained before there is an assignment, nor before machines have had
+//!    time to subscribe to an agent that just began.
 
+pub mod cell;
+pub mod pack;
+mod report;
+mod retry;
+mod rotation;
+pub mod steps;
+mod wanted;
+
+use retry::Effort;
+use rotation::Rotation;
+use std::collections::BTreeMap;
+use steps::{CellSeen, Command, Event, Fault, Life, Seen, StagedSeen, Step};
+use vmatrix_model::assignment::{Assignment, ServiceShare};
+use vmatrix_model::inventory::{Inventory, MachineSeen};
+use vmatrix_model::{Generation, InstanceId, MachineId, NetworkId, ServiceId, Span, Time};
+
+/// A machine that does not renew its subscription within so long is gone.
+pub const LEASE: Span = Span::secs(5);
+/// How long an agent that just began waits for machines to subscribe (they do each second) before
+/// it believes that what it does not see is not there.
+pub const SETTLE: Span = Span::ms(2500);
+/// An edge not heard of for so long no longer holds up a suspend.
+const EDGE_SILENCE: Span = Span::secs(30);
+
+/// The decisions of one network's VM agent. Fed by [`Vma::handle`]; never waits, dials or reads a clock.
+#[derive(Debug, Clone)]
+pub struct Vma {
+    network: NetworkId,
+    began: Option<Time>,
+    assignment: Option<Assignment>,
+    /// Shares of services that are to be gone and whose cells are not yet.
+    leaving: BTreeMap<ServiceId, ServiceShare>,
+    machines: BTreeMap<MachineId, Machine>,
+    cells: BTreeMap<(MachineId, InstanceId), Effort>,
+    stages: BTreeMap<(MachineId, String), Effort>,
+    /// When each cell that is no longer wanted began to drain.
+    drains: BTreeMap<(MachineId, InstanceId), Time>,
+    rotation: Rotation,
+    /// State, since when, and the order it came from, per instance.
+    history: BTreeMap<InstanceId, report::History>,
+    /// Wishes that cannot be granted now.
+    refused: BTreeMap<ServiceId, String>,
+    reported: Option<(Time, Inventory)>,
+}
+
+#[derive(Debug, Clone)]
+struct Machine {
+    seen: MachineSeen,
+    lease_until: Time,
+    has: Option<Seen>,
+}
+
+impl Machine {
+    fn staged(&self, image: &str) -> Option<&StagedSeen> {
+        self.has.as_ref()?.images.iter().find(|i| i.image == image)
+    }
+
+    fn holds(&self, image: &str) -> bool {
+        self.staged(image).and_then(|s| s.seen.as_ref()).is_some_and(|s| s.complete())
+    }
+}
+
+impl Vma {
+    pub fn new(network: NetworkId) -> Vma {
+        Vma {
+            rotation: Rotation::new(network.clone()),
+            network,
+            began: None,
+            assignment: None,
+            leaving: BTreeMap::new(),
+            machines: BTreeMap::new(),
+            cells: BTreeMap::new(),
+            stages: BTreeMap::new(),
+            drains: BTreeMap::new(),
+            history: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            reported: None,
+        }
+    }
+
+    /// The assignment in force.
+    pub fn assignment(&self) -> Option<&Assignment> {
+        self.assignment.as_ref()
+    }
+
+    /// What was last reported, or would be.
+    pub fn inventory(&self, now: Time) -> Inventory {
+        report::inventory(self, now)
+    }
+
+    /// Whether a step or a config is on its way or due: the agent then looks more often.
+    pub fn is_busy(&self) -> bool {
+        let on_its_way = self.cells.values().chain(self.stages.values()).any(|e| e.outstanding().is_some());
+        on_its_way || !self.drains.is_empty() || self.rotation.is_behind()
+    }
+
+    /// Hears one event and answers what is to be done now. The same events at the same times give the same commands.
+    pub fn handle(&mut self, now: Time, event: Event) -> Vec<Command> {
+        self.began.get_or_insert(now);
+        let mut commands = Vec::new();
+        if let Event::Assignment(a) = event {
+            if let Some(in_force) = self.assignment.as_ref().map(|a| a.generation).filter(|g| a.generation < *g) {
+                return vec![Command::Refused { asked: a.generation, in_force }];
+            }
+            self.take(a);
+        } else {
+            self.hear(now, event);
+        }
+        self.expire(now);
+        if self.is_settled(now) {
+            self.work(now, &mut commands);
+        }
+        self.speak(now, &mut commands);
+        commands
+    }
+
+    fn take(&mut self, a: Assignment) {
+        if let Some(old) = self.assignment.take() {
+            for (service, share) in old.services {
+                if !a.services.contains_key(&service) {
+                    self.leaving.insert(service, ServiceShare { instances: 0, ..share });
+                }
+            }
+        }
+        self.leaving.retain(|s, _| !a.services.contains_key(s));
+        self.assignment = Some(a);
+    }
+
+    fn hear(&mut self, now: Time, event: Event) {
+        match event {
+            Event::Subscribed(seen) => {
+                let lease_until = now + LEASE;
+                let machine = self.machines.entry(seen.id.clone()).or_insert_with(|| Machine {
+                    seen: seen.clone(),
+                    lease_until,
+                    has: None,
+                });
+                machine.seen = seen;
+                machine.lease_until = lease_until;
+            }
+            Event::Seen(seen) => self.look(now, seen),
+            Event::EdgeSeen(seen) => self.rotation.hear(now, seen),
+            Event::StepDone { machine, step, result } => {
+                let effort = match (&step, step.instance()) {
+                    (_, Some(instance)) => self.cells.entry((machine, instance.clone())).or_default(),
+                    (Step::Stage { image, .. } | Step::DropImage { image }, _) => {
+                        self.stages.entry((machine, image.clone())).or_default()
+                    }
+                    _ => return,
+                };
+                effort.answered(now, result);
+            }
+            Event::Assignment(_) | Event::Tick => {}
+        }
+    }
+
+    fn look(&mut self, now: Time, seen: Seen) {
+        let Some(machine) = self.machines.get_mut(&seen.machine) else { return };
+        if machine.has.as_ref().is_some_and(|old| old.run == seen.run && old.sequence >= seen.sequence) {
+            return;
+        }
+        for image in &seen.images {
+            let Some(effort) = self.stages.get_mut(&(seen.machine.clone(), image.image.clone())) else { continue };
+            match &image.trouble {
+                _ if image.seen.as_ref().is_some_and(|s| s.complete()) => effort.reached(),
+                Some(fault) if !image.fetching && effort.is_armed() => effort.failed(now, fault.clone()),
+                _ => {}
+            }
+        }
+        machine.has = Some(seen);
+    }
+
+    fn expire(&mut self, now: Time) {
+        self.machines.retain(|_, m| m.lease_until > now);
+        self.cells.retain(|(m, _), _| self.machines.contains_key(m));
+        self.stages.retain(|(m, _), _| self.machines.contains_key(m));
+        self.drains.retain(|(m, _), _| self.machines.contains_key(m));
+    }
+
+    /// Whether what is not seen may be taken as not there. An edge that has never had a config
+    /// serves nobody, so there is nothing to lose by not waiting.
+    fn is_settled(&self, now: Time) -> bool {
+        let waited = self.began.is_some_and(|b| now.since(b) >= SETTLE);
+        self.assignment.is_some() && (waited || self.reported.is_some() || self.rotation.is_blank())
+    }
+
+    /// Every share that still matters: those assigned, and those leaving.
+    fn shares(&self) -> impl Iterator<Item = (&ServiceId, &ServiceShare)> {
+        self.assignment.iter().flat_map(|a| &a.services).chain(&self.leaving)
+    }
+
+    fn all_cells(&self) -> impl Iterator<Item = (&MachineId, &CellSeen)> {
+        self.machines.iter().flat_map(|(m, has)| has.has.iter().flat_map(move |s| s.cells.iter().map(move |c| (m, c))))
+    }
+
+    /// One round: choose, withdraw, step.
+    fn work(&mut self, now: Time, commands: &mut Vec<Command>) {
+        let chosen = wanted::choose(self);
+        self.drains.retain(|key, _| !chosen.keep.contains(key));
+        let going: Vec<(MachineId, InstanceId)> = self
+            .all_cells()
+            .map(|(m, c)| (m.clone(), c.instance.clone()))
+            .filter(|key| !chosen.keep.contains(key))
+            .collect();
+        self.drains.retain(|key, _| going.contains(key));
+        for key in going {
+            self.drains.entry(key).or_insert(now);
+        }
+        let services = rotation::services(self, &chosen.keep);
+        commands.extend(self.rotation.want(now, services));
+
+        let mut steps = Vec::new();
+        for (machine, cell) in self.all_cells() {
+            let key = (machine.clone(), cell.instance.clone());
+            let step = if chosen.keep.contains(&key) {
+                self.towards_serving(machine, cell)
+            } else {
+                self.towards_dormant(now, &key, cell)
+            };
+            steps.extend(step.map(|s| (machine.clone(), s)));
+        }
+        steps.extend(chosen.prepare.iter().map(|(m, spec)| (m.clone(), Step::Prepare(spec.clone()))));
+        steps.extend(
+            chosen
+                .stage
+                .iter()
+                .map(|(m, service, image)| (m.clone(), Step::Stage { service: service.clone(), image: image.clone() })),
+        );
+        steps.extend(self.unwanted_images());
+        self.refused = chosen.refused;
+
+        for (machine, step) in steps {
+            let effort = match (&step, step.instance()) {
+                (_, Some(instance)) => self.cells.entry((machine.clone(), instance.clone())).or_default(),
+                (Step::Stage { image, .. } | Step::DropImage { image }, _) => {
+                    self.stages.entry((machine.clone(), image.clone())).or_default()
+                }
+                _ => continue,
+            };
+            if effort.may_act(now) {
+                effort.sent(now, step.clone());
+                commands.push(Command::Step { machine, step });
+            }
+        }
+        self.forget();
+    }
+
+    /// Efforts whose object is gone, and shares whose cells are.
+    fn forget(&mut self) {
+        let there: Vec<(MachineId, InstanceId)> =
+            self.all_cells().map(|(m, c)| (m.clone(), c.instance.clone())).collect();
+        let healthy: Vec<(MachineId, InstanceId)> = self
+            .all_cells()
+            .filter(|(_, c)| c.life == Life::Healthy)
+            .map(|(m, c)| (m.clone(), c.instance.clone()))
+            .collect();
+        for key in &healthy {
+            if let Some(effort) = self.cells.get_mut(key).filter(|e| e.outstanding().is_none()) {
+                effort.reached();
+            }
+        }
+        let wanted: Vec<ServiceId> = self.assignment.iter().flat_map(|a| a.services.keys().cloned()).collect();
+        self.cells.retain(|key, e| there.contains(key) || e.outstanding().is_some() || wanted.contains(&key.1.service));
+        let machines = &self.machines;
+        let named: Vec<&String> = self.assignment.iter().flat_map(|a| a.services.values().map(|s| &s.image)).collect();
+        self.stages.retain(|(m, image), e| {
+            e.outstanding().is_some()
+                || named.contains(&image)
+                || machines.get(m).is_some_and(|m| m.staged(image).is_some())
+        });
+        let busy: Vec<ServiceId> = there
+            .iter()
+            .map(|(_, i)| i.service.clone())
+            .chain(self.cells.keys().map(|(_, i)| i.service.clone()))
+            .collect();
+        self.leaving.retain(|s, _| busy.contains(s));
+    }
+
+    fn towards_serving(&self, machine: &MachineId, cell: &CellSeen) -> Option<Step> {
+        let instance = cell.instance.clone();
+        let share = self.assignment.as_ref()?.services.get(&instance.service)?;
+        match cell.life {
+            Life::Building => Some(Step::Prepare(wanted::spec(instance, share))),
+            // An image that went missing under its cell is fetched first.
+            Life::Ready | Life::Resuming | Life::Lost => {
+                self.machines.get(machine)?.holds(&share.image).then_some(Step::Resume { instance })
+            }
+            Life::Healthy => None,
+            Life::Sick => self.rotation.is_out(cell.address).then_some(Step::Suspend { instance }),
+        }
+    }
+
+    fn towards_dormant(&self, now: Time, key: &(MachineId, InstanceId), cell: &CellSeen) -> Option<Step> {
+        let instance = cell.instance.clone();
+        let suspend = Some(Step::Suspend { instance: instance.clone() });
+        match cell.life {
+            Life::Building | Life::Ready => Some(Step::Release { instance }),
+            Life::Resuming | Life::Lost => suspend,
+            Life::Healthy | Life::Sick => {
+                let drain = self.shares().find(|(s, _)| **s == instance.service).map_or(Span::ZERO, |(_, s)| s.drain);
+                let over = self.drains.get(key).is_none_or(|began| now.since(*began) >= drain);
+                let out = self.rotation.is_out(cell.address);
+                let idle = self.rotation.is_idle(cell.address);
+                let given_up = over && self.rotation.is_silent(now);
+                (idle || (out && over) || given_up).then_some(suspend).flatten()
+            }
+        }
+    }
+
+    /// Images on machines that no share names and no cell runs.
+    fn unwanted_images(&self) -> Vec<(MachineId, Step)> {
+        let Some(assignment) = &self.assignment else { return Vec::new() };
+        let named = |image: &str| assignment.services.values().chain(self.leaving.values()).any(|s| s.image == image);
+        let mut steps = Vec::new();
+        for (id, machine) in &self.machines {
+            // A cell of a service nobody names any more may still run from an image nobody names.
+            let Some(has) = machine
+                .has
+                .as_ref()
+                .filter(|h| h.cells.iter().all(|c| assignment.services.contains_key(&c.instance.service)))
+            else {
+                continue;
+            };
+            for staged in has.images.iter().filter(|i| !named(&i.image)) {
+                steps.push((id.clone(), Step::DropImage { image: staged.image.clone() }));
+            }
+        }
+        steps
+    }
+
+    /// Tells the CPA at a change and each second.
+    fn speak(&mut self, now: Time, commands: &mut Vec<Command>) {
+        // A first report without what is there would look like a loss.
+        let waited = self.began.is_some_and(|b| now.since(b) >= SETTLE + Span::secs(1));
+        let ready = self.reported.is_some() || waited || (self.is_settled(now) && self.rotation.is_confirmed());
+        if !ready {
+            return;
+        }
+        report::note_changes(self, now);
+        let inventory = report::inventory(self, now);
+        let due = self.reported.as_ref().is_none_or(|(at, old)| {
+            now.since(*at) >= report::EVERY || Inventory { at: old.at, ..inventory.clone() } != *old
+        });
+        if due {
+            self.reported = Some((now, inventory.clone()));
+            commands.push(Command::Report(inventory));
+        }
+    }
+
+    fn generation(&self) -> Generation {
+        self.assignment.as_ref().map_or(Generation(0), |a| a.generation)
+    }
+
+    fn stage_trouble(&self, image: &str) -> Option<(&MachineId, &Fault)> {
+        self.stages
+            .iter()
+            .find(|((_, i), e)| i == image && e.trouble.is_some())
+            .and_then(|((m, _), e)| Some((m, e.trouble.as_ref()?)))
+    }
+}

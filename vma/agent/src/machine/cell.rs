@@ -1,0 +1,220 @@
+//! Cells: namespace, pair of interfaces, bridge, rules and tunnel, built and taken down.
+
+use super::record::{Phase, Record};
+use super::{Machine, process};
+use anyhow::{Context, bail};
+use serde::Deserialize;
+use std::io::Write;
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use vmatrix_model::InstanceId;
+use vmatrix_vma_core::cell::{BRIDGE, Rules, SETTINGS, TUNNEL, UPLINK, rules};
+use vmatrix_vma_core::steps::CellSpec;
+use vmatrix_vma_image::netns;
+
+/// The bridge has the same MAC in every cell: it is the gateway the guest remembers.
+const BRIDGE_MAC: &str = "52:54:00:76:6d:fe";
+/// A tunnel's first handshake crosses the WAN once or twice, and the origin may be starting.
+const TUNNEL_LIMIT: Duration = Duration::from_secs(15);
+/// A tunnel tells the origin that it leaves; that takes a round trip.
+const TUNNEL_GRACE: Duration = Duration::from_secs(2);
+
+/// What a tunnel writes into its status file.
+#[derive(Debug, Deserialize)]
+struct TunnelStatus {
+    ready: bool,
+}
+
+impl Machine {
+    /// Builds the cell, unless it is there whole.
+    pub(super) async fn prepare(&self, spec: &CellSpec) -> anyhow::Result<()> {
+        let known = self.records.get(&spec.instance);
+        if let Some(record) =
+            known.as_ref().filter(|r| r.phase != Phase::Building && self.is_whole(r) && r.spec == *spec)
+        {
+            return self.start_tunnel(record).await;
+        }
+        if known.is_some() {
+            self.release(&spec.instance).await?;
+        }
+        let staged =
+            self.stages.whole(&spec.image).with_context(|| format!("image {} is not staged here", spec.image))?;
+        let record = self.records.begin(spec, self.config.cells)?;
+        let guest = &staged.manifest.guest;
+        let built = self.build(&record, guest.address, guest.gateway, &guest.mac);
+        built.with_context(|| format!("cannot build the cell of {}", spec.instance))?;
+        self.start_tunnel(&record).await?;
+        self.records.note(&spec.instance, Phase::Ready, None)
+    }
+
+    fn is_whole(&self, record: &Record) -> bool {
+        netns::path(&self.namespace(&record.spec.instance)).exists()
+            && nix::net::if_::if_nametoindex(outer_name(record).as_str()).is_ok()
+    }
+
+    fn build(&self, record: &Record, guest: Ipv4Addr, gateway: Ipv4Addr, mac: &str) -> anyhow::Result<()> {
+        let name = self.namespace(&record.spec.instance);
+        let outside = outer_name(record);
+        self.unbuild(record)?;
+        let (outer, cell) = (record.link.outer, record.link.cell);
+        netns::ip_batch(None, &[format!("netns add {name}")])?;
+        netns::ip_batch(
+            None,
+            &[
+                format!("link add {outside} type veth peer name {UPLINK} netns {name}"),
+                format!("addr add {outer}/30 dev {outside}"),
+                format!("link set {outside} up"),
+            ],
+        )?;
+        netns::ip_batch(
+            Some(&name),
+            &[
+                "link set lo up".to_owned(),
+                format!("addr add {cell}/30 dev {UPLINK}"),
+                format!("link set {UPLINK} up"),
+                format!("route add default via {outer}"),
+                format!("link add {BRIDGE} address {BRIDGE_MAC} type bridge"),
+                format!("addr add {gateway}/24 dev {BRIDGE}"),
+                format!("link set {BRIDGE} up"),
+            ],
+        )?;
+        let ports = &record.spec.ports;
+        let text = rules(&Rules { cell, guest, mac, ports, backends: &record.spec.backends });
+        nft(&netns::path(&name), &text)?;
+        // Last, for some settings exist only once the rules have brought their modules in.
+        netns::enter(&netns::path(&name), settings)?
+    }
+
+    /// Starts the tunnel if the cell needs one and has none, and waits until it is up.
+    pub(super) async fn start_tunnel(&self, record: &Record) -> anyhow::Result<()> {
+        let instance = &record.spec.instance;
+        if record.spec.backends.is_empty() || self.find_tunnel(instance).is_some() {
+            return Ok(());
+        }
+        let folder = self.records.folder(instance);
+        let (status, log) = (folder.join("tunnel.json"), folder.join("tunnel.log"));
+        match std::fs::remove_file(&status) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| format!("cannot remove {}", status.display()));
+            }
+            _ => {}
+        }
+        let output = std::fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let mut child = tokio::process::Command::new(&self.program)
+            .arg("tunnel")
+            .arg("--netns")
+            .arg(netns::path(&self.namespace(instance)))
+            .args(["--network", self.config.network.as_str()])
+            .args(["--cell", &instance.to_string()])
+            .args(["--origin", &self.config.origin])
+            .arg("--token-file")
+            .arg(&self.config.token_file)
+            .args(["--device", TUNNEL])
+            .arg("--status")
+            .arg(&status)
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .process_group(0)
+            .spawn()
+            .with_context(|| format!("cannot start {} tunnel", self.program.display()))?;
+        let deadline = Instant::now() + TUNNEL_LIMIT;
+        loop {
+            let ready = std::fs::read(&status)
+                .ok()
+                .and_then(|t| serde_json::from_slice::<TunnelStatus>(&t).ok())
+                .is_some_and(|s| s.ready);
+            if ready {
+                return Ok(());
+            }
+            if let Some(ended) = child.try_wait().context("cannot wait for the tunnel")? {
+                bail!("the tunnel of {instance} ended ({ended}): {}", process::tail(&log));
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "the tunnel of {instance} was not up after {} s; is {} reachable? {}",
+                    TUNNEL_LIMIT.as_secs(),
+                    self.config.origin,
+                    process::tail(&log)
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    pub(super) fn find_tunnel(&self, instance: &InstanceId) -> Option<process::Process> {
+        let namespace = netns::path(&self.namespace(instance)).display().to_string();
+        process::all()
+            .into_iter()
+            .find(|p| p.arguments.iter().any(|a| a == "tunnel") && p.value("--netns") == Some(namespace.as_str()))
+    }
+
+    /// Takes the cell down, with whatever still runs in it.
+    pub(super) async fn release(&self, instance: &InstanceId) -> anyhow::Result<()> {
+        let Some(record) = self.records.get(instance) else { return Ok(()) };
+        self.end_vm(instance).await?;
+        if let Some(tunnel) = self.find_tunnel(instance) {
+            process::end(&tunnel, TUNNEL_GRACE)
+                .await
+                .with_context(|| format!("cannot end the tunnel of {instance}"))?;
+        }
+        self.unbuild(&record).with_context(|| format!("cannot take down the cell of {instance}"))?;
+        self.records.forget(instance)
+    }
+
+    fn unbuild(&self, record: &Record) -> anyhow::Result<()> {
+        let name = self.namespace(&record.spec.instance);
+        let outside = outer_name(record);
+        if nix::net::if_::if_nametoindex(outside.as_str()).is_ok() {
+            netns::ip_batch(None, &[format!("link del {outside}")])?;
+        }
+        if netns::path(&name).exists() {
+            netns::ip_batch(None, &[format!("netns del {name}")])?;
+        }
+        Ok(())
+    }
+}
+
+/// The pair's end outside the cell. Named by the cell's address, for a namespace may hold several machines.
+fn outer_name(record: &Record) -> String {
+    format!("vx{:08x}", record.link.cell.to_bits())
+}
+
+fn settings() -> anyhow::Result<()> {
+    for (file, value) in SETTINGS {
+        let path = Path::new("/proc/sys").join(file);
+        match std::fs::write(&path, value) {
+            // Without its module there is nothing to switch off.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            other => other.with_context(|| format!("cannot set {}", path.display()))?,
+        }
+    }
+    Ok(())
+}
+
+/// Gives a namespace rules, all of them or none.
+///
+/// # Errors
+/// What `nft` said.
+pub fn nft(namespace: &Path, text: &str) -> anyhow::Result<()> {
+    let said = netns::enter(namespace, || -> anyhow::Result<std::process::Output> {
+        let mut child = Command::new("nft")
+            .args(["-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot run nft; install it with `apt-get install nftables`")?;
+        if let Some(mut input) = child.stdin.take() {
+            input.write_all(text.as_bytes()).context("cannot write to nft")?;
+        }
+        child.wait_with_output().context("cannot wait for nft")
+    })??;
+    if !said.status.success() {
+        let words: String = String::from_utf8_lossy(&said.stderr).trim().chars().take(500).collect();
+        bail!("nft refused the cell's rules: {words}");
+    }
+    Ok(())
+}

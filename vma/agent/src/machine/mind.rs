@@ -1,0 +1,109 @@
+//! What a machine does without being asked: subscribes, checks health, keeps tunnels up.
+
+use super::record::Phase;
+use super::{Machine, process, vm};
+use crate::http::USUAL;
+use reqwest::Method;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+use vmatrix_model::InstanceId;
+use vmatrix_model::inventory::MachineSeen;
+use vmatrix_model::wire::Subscription;
+use vmatrix_vma_image::{health, netns};
+
+/// Between subscriptions; the lease is five of these.
+const SUBSCRIBE_EVERY: Duration = Duration::from_secs(1);
+/// Between looks at tunnels.
+const TUNNELS_EVERY: Duration = Duration::from_secs(1);
+/// Between health checks: a guest without KVM has little time to spare in a crowd.
+const HEALTH_EVERY: Duration = Duration::from_secs(5);
+/// An answer that takes longer is a missed one.
+const HEALTH_LIMIT: Duration = Duration::from_secs(5);
+/// Missed in a row, it no longer counts as answering: a crowd may make it miss one or two.
+pub const MISSED_MAX: u32 = 4;
+
+/// Tells the VM agent each second that this machine is there.
+pub async fn subscribe(machine: Arc<Machine>) {
+    let c = &machine.config;
+    let url = format!("{}/v1/machines", c.vma);
+    let mut silent = false;
+    loop {
+        let taken: u64 = machine.records.all().iter().map(|r| r.spec.memory_mib).sum();
+        let seen = MachineSeen {
+            id: c.name.clone(),
+            cpus: c.cpus,
+            memory_mib: c.memory_mib,
+            free_mib: c.memory_mib.saturating_sub(taken),
+            accelerator: machine.host.accelerator.clone(),
+            qemu_version: machine.host.qemu_version.clone(),
+        };
+        let subscription = Subscription { machine: seen, address: c.listen };
+        match machine.client.send::<serde_json::Value>(Method::POST, &url, &subscription, USUAL).await {
+            Ok(_) => silent = false,
+            Err(e) => {
+                if !std::mem::replace(&mut silent, true) {
+                    tracing::warn!(error = format!("{e:#}"), "the VM agent does not hear; what runs goes on");
+                }
+            }
+        }
+        tokio::time::sleep(SUBSCRIBE_EVERY).await;
+    }
+}
+
+/// Asks every VM that should answer.
+pub async fn health(machine: Arc<Machine>) {
+    loop {
+        tokio::time::sleep(HEALTH_EVERY).await;
+        let checks = machine.records.all().into_iter().filter(|r| r.phase == Phase::Healthy).map(|r| {
+            let machine = machine.clone();
+            async move {
+                let Some(staged) = machine.stages.whole(&r.spec.image) else { return };
+                let namespace = machine.namespace(&r.spec.instance);
+                let guest = &staged.manifest.guest;
+                match health::ask(&netns::path(&namespace), guest.address, &guest.health, HEALTH_LIMIT).await {
+                    Ok(_) => machine.forgive(&r.spec.instance),
+                    Err(_) if vm::find(&process::all(), &namespace).is_none() => {}
+                    Err(e) => machine.blame(&r.spec.instance, &e.to_string()),
+                }
+            }
+        });
+        futures_util::future::join_all(checks).await;
+    }
+}
+
+/// Starts again the tunnel of any cell whose tunnel ended.
+pub async fn tunnels(machine: Arc<Machine>) {
+    loop {
+        tokio::time::sleep(TUNNELS_EVERY).await;
+        let lame = |r: &super::Record| {
+            !r.spec.backends.is_empty()
+                && matches!(r.phase, Phase::Ready | Phase::Healthy)
+                && machine.find_tunnel(&r.spec.instance).is_none()
+        };
+        for record in machine.records.all().into_iter().filter(lame) {
+            let instance = record.spec.instance.clone();
+            let _alone = machine.alone(&instance).lock_owned().await;
+            // It may have been released while another step was waited for.
+            if machine.records.get(&instance).as_ref() != Some(&record) {
+                continue;
+            }
+            tracing::warn!(%instance, "the tunnel ended; starting it again");
+            if let Err(e) = machine.start_tunnel(&record).await {
+                tracing::warn!(%instance, error = format!("{e:#}"), "the tunnel is not up");
+            }
+        }
+    }
+}
+
+impl Machine {
+    fn blame(&self, instance: &InstanceId, problem: &str) {
+        let mut missed = self.missed.lock().unwrap_or_else(PoisonError::into_inner);
+        let n = missed.entry(instance.clone()).or_default();
+        *n = n.saturating_add(1);
+        tracing::warn!(%instance, missed = *n, problem, "health check missed");
+    }
+
+    pub(super) fn forgive(&self, instance: &InstanceId) {
+        self.missed.lock().unwrap_or_else(PoisonError::into_inner).remove(instance);
+    }
+}

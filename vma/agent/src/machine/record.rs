@@ -1,0 +1,197 @@
+//! What a machine writes down of each cell, so that it is found again: `state_dir/cells/<instance>/cell.json`.
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use vmatrix_model::{InstanceId, Span};
+use vmatrix_vma_core::cell::Link;
+use vmatrix_vma_core::steps::CellSpec;
+
+/// How far a cell has come, as last written; whether its processes live is looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    Building,
+    Ready,
+    Resuming,
+    Healthy,
+    Suspending,
+}
+
+/// A cell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    pub spec: CellSpec,
+    pub phase: Phase,
+    /// Number of its /30.
+    pub index: u32,
+    pub link: Link,
+    pub resumed_in: Option<Span>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    spec: CellSpec,
+    phase: Phase,
+    index: u32,
+    outer: std::net::Ipv4Addr,
+    cell: std::net::Ipv4Addr,
+    resumed_in: Option<Span>,
+}
+
+/// All cells of a machine.
+#[derive(Debug)]
+pub struct Records {
+    dir: PathBuf,
+    cells: Mutex<BTreeMap<InstanceId, Record>>,
+}
+
+impl Records {
+    /// Reads what an earlier run wrote; a folder without a readable record is a cell never begun.
+    ///
+    /// # Errors
+    /// The folder cannot be made or read.
+    pub fn open(dir: &Path) -> io::Result<Records> {
+        std::fs::create_dir_all(dir)?;
+        let mut cells = BTreeMap::new();
+        for entry in std::fs::read_dir(dir)? {
+            let folder = entry?.path();
+            match read(&folder) {
+                Ok(record) => {
+                    cells.insert(record.spec.instance.clone(), record);
+                }
+                Err(e) => {
+                    tracing::warn!(folder = %folder.display(), error = format!("{e:#}"), "a cell's record cannot be read; forgetting it");
+                    let _ = std::fs::remove_dir_all(&folder);
+                }
+            }
+        }
+        Ok(Records { dir: dir.to_owned(), cells: Mutex::new(cells) })
+    }
+
+    /// A cell's folder.
+    pub fn folder(&self, instance: &InstanceId) -> PathBuf {
+        self.dir.join(instance.to_string())
+    }
+
+    pub fn get(&self, instance: &InstanceId) -> Option<Record> {
+        self.lock().get(instance).cloned()
+    }
+
+    pub fn all(&self) -> Vec<Record> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Begins a cell: gives it the lowest free /30, so that two never get the same.
+    ///
+    /// # Errors
+    /// There is none free, or the record cannot be written.
+    pub fn begin(&self, spec: &CellSpec, cells: ipnet::Ipv4Net) -> anyhow::Result<Record> {
+        let mut known = self.lock();
+        let free = (0..)
+            .find(|i| !known.values().any(|r| r.index == *i && r.spec.instance != spec.instance))
+            .unwrap_or(u32::MAX);
+        let index = known.get(&spec.instance).map_or(free, |r| r.index);
+        let link = vmatrix_vma_core::cell::link(cells, index)
+            .with_context(|| format!("every address of cells = {cells} is taken; give the machine a larger prefix"))?;
+        let record = Record { spec: spec.clone(), phase: Phase::Building, index, link, resumed_in: None };
+        self.write(&record)?;
+        known.insert(spec.instance.clone(), record.clone());
+        Ok(record)
+    }
+
+    /// Notes how far a cell has come.
+    ///
+    /// # Errors
+    /// The record cannot be written.
+    pub fn note(&self, instance: &InstanceId, phase: Phase, resumed_in: Option<Span>) -> anyhow::Result<()> {
+        let mut known = self.lock();
+        let record = known.get_mut(instance).with_context(|| format!("there is no cell {instance}"))?;
+        let noted = Record { phase, resumed_in, ..record.clone() };
+        self.write(&noted)?;
+        *record = noted;
+        Ok(())
+    }
+
+    /// Forgets a cell and removes its folder.
+    ///
+    /// # Errors
+    /// The folder cannot be removed.
+    pub fn forget(&self, instance: &InstanceId) -> anyhow::Result<()> {
+        let folder = self.folder(instance);
+        match std::fs::remove_dir_all(&folder) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| format!("cannot remove {}", folder.display()));
+            }
+            _ => {}
+        }
+        self.lock().remove(instance);
+        Ok(())
+    }
+
+    fn write(&self, r: &Record) -> anyhow::Result<()> {
+        let folder = self.folder(&r.spec.instance);
+        let written = Written {
+            spec: r.spec.clone(),
+            phase: r.phase,
+            index: r.index,
+            outer: r.link.outer,
+            cell: r.link.cell,
+            resumed_in: r.resumed_in,
+        };
+        let text = serde_json::to_vec_pretty(&written)?;
+        std::fs::create_dir_all(&folder)
+            .and_then(|()| crate::replace(&folder.join("cell.json"), &text))
+            .with_context(|| format!("cannot write the record of cell {}", r.spec.instance))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<InstanceId, Record>> {
+        self.cells.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn read(folder: &Path) -> anyhow::Result<Record> {
+    let w: Written = serde_json::from_slice(&std::fs::read(folder.join("cell.json"))?)?;
+    Ok(Record {
+        spec: w.spec,
+        phase: w.phase,
+        index: w.index,
+        link: Link { outer: w.outer, cell: w.cell },
+        resumed_in: w.resumed_in,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(number: u32) -> CellSpec {
+        CellSpec {
+            instance: InstanceId { service: "maps".parse().unwrap(), number },
+            image: "maps".into(),
+            ports: vec![80],
+            backends: vec![],
+            memory_mib: 512,
+        }
+    }
+
+    #[test]
+    fn cells_are_found_again_with_their_addresses() {
+        let dir = tempfile::tempdir().unwrap();
+        let cells = "100.64.0.0/29".parse().unwrap();
+        let before = Records::open(dir.path()).unwrap();
+        let a = before.begin(&spec(0), cells).unwrap();
+        let b = before.begin(&spec(1), cells).unwrap();
+        assert_ne!(a.link, b.link);
+        assert!(before.begin(&spec(2), cells).unwrap_err().to_string().contains("every address"));
+        before.note(&spec(1).instance, Phase::Healthy, Some(Span::ms(900))).unwrap();
+        let after = Records::open(dir.path()).unwrap();
+        assert_eq!(after.all(), before.all());
+        after.forget(&spec(0).instance).unwrap();
+        assert_eq!(after.begin(&spec(2), cells).unwrap().link, a.link);
+    }
+}

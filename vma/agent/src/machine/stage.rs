@@ -1,0 +1,375 @@
+//! Images on this machine: manifest ─▶ trusted, fits this host ─▶ missing chunks, eight at a time ─▶ whole.
+//!
+//! ```text
+//! state_dir/images/<name>-<16 hex of the digest>/{manifest.json, memory, device, disk, kernel, initrd}
+//!                                                 whole: written last, when nothing is missing
+//! ```
+//! What broke off goes on where it was: a part's file is read again, and what is there is not fetched.
+
+use super::{Machine, fault};
+use crate::http;
+use anyhow::{Context, bail};
+use futures_util::TryStreamExt;
+use reqwest::Method;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::task::JoinHandle;
+use vmatrix_model::inventory::ImageSeen;
+use vmatrix_model::manifest::{Chunk, MANIFEST_MAX, Manifest, Part, PartKind, SignedManifest};
+use vmatrix_model::{Bytes, Digest};
+use vmatrix_vma_core::steps::{Fault, StagedSeen};
+use vmatrix_vma_image::chunks::PartFile;
+use vmatrix_vma_image::machine::{Files, check_host};
+use vmatrix_vma_image::sign::verify;
+use vmatrix_vma_image::store::STORED_MAX;
+
+/// Chunks asked for at the same time: at 64 KiB and 150 ms of round trip, 28 Mbit/s even so.
+const AT_ONCE: usize = 8;
+/// A chunk that does not come after so many tries stops the staging; it may be asked for again.
+const TRIES: u32 = 5;
+/// First pause between tries; it doubles.
+const TRY_PAUSE: Duration = Duration::from_millis(200);
+/// A chunk of a MiB over a 1 Mbit/s link takes eight seconds.
+const CHUNK_LIMIT: Duration = Duration::from_secs(60);
+/// A manifest of the largest size over such a link.
+const MANIFEST_LIMIT: Duration = Duration::from_secs(180);
+
+/// An image that is here, whole.
+#[derive(Debug)]
+pub struct Staged {
+    pub manifest: Manifest,
+    pub digest: Digest,
+    pub files: Files,
+}
+
+/// An image as far as it is here.
+#[derive(Debug, Default)]
+struct Image {
+    whole: Option<Arc<Staged>>,
+    /// Digest and stored bytes, once the manifest is here.
+    known: Option<(Digest, Bytes)>,
+    counts: Arc<Counts>,
+    task: Option<JoinHandle<()>>,
+    trouble: Option<Fault>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    present: AtomicU64,
+    fetched: AtomicU64,
+}
+
+/// All images of a machine. Its bound is the disk: what is not wanted the VM agent drops.
+#[derive(Debug)]
+pub struct Stages {
+    dir: PathBuf,
+    images: Mutex<BTreeMap<String, Image>>,
+}
+
+impl Stages {
+    /// Finds the images an earlier run staged. One begun and not whole is kept, to be gone on with.
+    ///
+    /// # Errors
+    /// The folder cannot be made or read.
+    pub fn open(dir: &Path) -> io::Result<Stages> {
+        std::fs::create_dir_all(dir)?;
+        let mut images = BTreeMap::new();
+        for entry in std::fs::read_dir(dir)? {
+            let folder = entry?.path();
+            let Some(name) = image_of(&folder) else { continue };
+            let image: &mut Image = images.entry(name).or_default();
+            if !folder.join("whole").exists() {
+                continue;
+            }
+            match read_whole(&folder) {
+                Ok(staged) => {
+                    let total = stored(&staged.manifest);
+                    image.counts.present.store(total.0, Ordering::Relaxed);
+                    image.known = Some((staged.digest, total));
+                    image.whole = Some(Arc::new(staged));
+                }
+                Err(e) => {
+                    tracing::warn!(folder = %folder.display(), error = format!("{e:#}"), "a staged image cannot be read; staging it anew")
+                }
+            }
+        }
+        Ok(Stages { dir: dir.to_owned(), images: Mutex::new(images) })
+    }
+
+    /// The image, if it is here whole.
+    pub fn whole(&self, image: &str) -> Option<Arc<Staged>> {
+        self.lock().get(image)?.whole.clone()
+    }
+
+    pub fn seen(&self) -> Vec<StagedSeen> {
+        let images = self.lock();
+        images
+            .iter()
+            .map(|(name, i)| StagedSeen {
+                image: name.clone(),
+                seen: i.known.map(|(digest, total)| {
+                    let present = Bytes(i.counts.present.load(Ordering::Relaxed)).min(total);
+                    // Complete is said of what was checked and written to the end, not of a sum.
+                    let present = if i.whole.is_some() { total } else { present.min(Bytes(total.0.saturating_sub(1))) };
+                    ImageSeen { digest, present, total, fetched: Bytes(i.counts.fetched.load(Ordering::Relaxed)) }
+                }),
+                fetching: i.is_fetching(),
+                trouble: i.trouble.clone(),
+            })
+            .collect()
+    }
+
+    /// Checks that every file still has its size: QEMU would read zeros, or die, past the end of one cut short.
+    ///
+    /// # Errors
+    /// The file that is not what it should be; the image then counts as not staged.
+    pub fn check_sizes(&self, image: &str) -> anyhow::Result<()> {
+        let Some(staged) = self.whole(image) else { return Ok(()) };
+        for (part, path) in parts(&staged.manifest, &staged.files) {
+            let has = std::fs::metadata(path).map_or(0, |m| m.len());
+            if has != part.size.0 {
+                if let Some(i) = self.lock().get_mut(image) {
+                    i.whole = None;
+                }
+                let _ = path.parent().map(|dir| std::fs::remove_file(dir.join("whole")));
+                bail!(
+                    "{} has {has} bytes and should have {}; the image is being staged anew",
+                    path.display(),
+                    part.size.0
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Image>> {
+        self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, image: &str, f: impl FnOnce(&mut Image)) {
+        if let Some(i) = self.lock().get_mut(image) {
+            f(i);
+        }
+    }
+
+    fn remove_folders(&self, image: &str, but: Option<&Path>) -> anyhow::Result<()> {
+        for entry in std::fs::read_dir(&self.dir).with_context(|| format!("cannot read {}", self.dir.display()))? {
+            let folder = entry?.path();
+            if image_of(&folder).as_deref() == Some(image) && but != Some(folder.as_path()) {
+                std::fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Image {
+    fn is_fetching(&self) -> bool {
+        self.task.as_ref().is_some_and(|t| !t.is_finished())
+    }
+}
+
+impl Machine {
+    /// Begins to fetch the image, unless it is here or on its way.
+    pub(super) fn stage(self: &Arc<Self>, image: &str) -> anyhow::Result<()> {
+        let mut images = self.stages.lock();
+        let i = images.entry(image.to_owned()).or_default();
+        if i.whole.is_some() || i.is_fetching() {
+            return Ok(());
+        }
+        i.trouble = None;
+        i.counts.present.store(0, Ordering::Relaxed);
+        let (machine, name, counts) = (self.clone(), image.to_owned(), i.counts.clone());
+        i.task = Some(tokio::spawn(async move {
+            let began = std::time::Instant::now();
+            match machine.fetch(&name, &counts).await {
+                Ok(staged) => {
+                    tracing::info!(image = name, digest = staged.digest.short(), fetched = %Bytes(counts.fetched.load(Ordering::Relaxed)), took_ms = began.elapsed().as_millis(), "staged");
+                    machine.stages.change(&name, |i| i.whole = Some(Arc::new(staged)));
+                }
+                Err(e) => {
+                    tracing::warn!(image = name, error = format!("{e:#}"), "staging stopped");
+                    machine.stages.change(&name, |i| i.trouble = Some(fault(&e)));
+                }
+            }
+        }));
+        Ok(())
+    }
+
+    /// Removes the image, unless a cell runs from it.
+    pub(super) fn drop_image(&self, image: &str) -> anyhow::Result<()> {
+        if let Some(cell) = self.records.all().iter().find(|r| r.spec.image == image) {
+            bail!("image {image} is in use by {}; release that first", cell.spec.instance);
+        }
+        if let Some(task) = self.stages.lock().remove(image).and_then(|i| i.task) {
+            task.abort();
+        }
+        self.stages.remove_folders(image, None)
+    }
+
+    async fn fetch(&self, name: &str, counts: &Arc<Counts>) -> anyhow::Result<Staged> {
+        let signed = self.fetch_manifest(name).await?;
+        let (manifest, digest) = verify(&signed, &self.config.signers)?;
+        if manifest.name != name {
+            bail!("the image asked for is {name} and the manifest is of {}; build it again", manifest.name);
+        }
+        check_host(&manifest, &self.host)?;
+        self.stages.change(name, |i| i.known = Some((digest, stored(&manifest))));
+        let hex = digest.to_string();
+        let folder = self.stages.dir.join(format!("{name}-{}", hex.get(..16).unwrap_or(&hex)));
+        std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        crate::replace(&folder.join("manifest.json"), &serde_json::to_vec(&signed)?)
+            .with_context(|| format!("cannot write to {}", folder.display()))?;
+        let files = Files::within(&folder);
+        for (part, path) in parts(&manifest, &files) {
+            self.fetch_part(part, path, counts).await.with_context(|| format!("cannot stage {name}"))?;
+        }
+        crate::replace(&folder.join("whole"), b"").with_context(|| format!("cannot write to {}", folder.display()))?;
+        self.stages.remove_folders(name, Some(&folder))?;
+        Ok(Staged { manifest, digest, files })
+    }
+
+    async fn fetch_manifest(&self, name: &str) -> anyhow::Result<SignedManifest> {
+        let url = format!("{}/v1/images/{name}", self.config.images);
+        let answer = self
+            .client
+            .request(Method::GET, &url)
+            .timeout(MANIFEST_LIMIT)
+            .send()
+            .await
+            .map_err(reqwest::Error::without_url)
+            .with_context(|| format!("cannot ask {url}"))?;
+        let status = answer.status();
+        if status == reqwest::StatusCode::NOT_FOUND {
+            bail!("there is no image {name} at {}; build it with `vmatrix image build`", self.config.images);
+        }
+        if !status.is_success() {
+            bail!("{url} answered {status}");
+        }
+        // JSON text within JSON: quotes and newlines are escaped, so it may be larger than the manifest.
+        let bytes = http::body(answer, 2 * MANIFEST_MAX).await.with_context(|| format!("cannot read {url}"))?;
+        serde_json::from_slice(&bytes).with_context(|| format!("{url} is not a signed manifest"))
+    }
+
+    async fn fetch_part(&self, part: &Part, path: &Path, counts: &Arc<Counts>) -> anyhow::Result<()> {
+        let (wanted, at) = (part.clone(), path.to_owned());
+        let file = Arc::new(tokio::task::spawn_blocking(move || PartFile::create(&at, &wanted)).await??);
+        let missing = file.missing();
+        let lacking: Bytes = missing.iter().map(|(_, c)| c.stored).sum();
+        let all: Bytes = part.chunks.iter().flatten().map(|c| c.stored).sum();
+        counts.present.fetch_add((all - lacking).0, Ordering::Relaxed);
+        futures_util::stream::iter(missing.into_iter().map(Ok::<_, anyhow::Error>))
+            .try_for_each_concurrent(AT_ONCE, |(index, chunk)| {
+                let file = file.clone();
+                async move {
+                    let bytes = self.fetch_chunk(&file, index, &chunk, counts).await?;
+                    counts.present.fetch_add(bytes, Ordering::Relaxed);
+                    Ok(())
+                }
+            })
+            .await?;
+        let file = Arc::into_inner(file).context("a part's file is still being written")?;
+        Ok(tokio::task::spawn_blocking(move || file.finish()).await??)
+    }
+
+    /// Fetches a chunk until it is the right one; answers its stored bytes.
+    async fn fetch_chunk(
+        &self,
+        file: &Arc<PartFile>,
+        index: usize,
+        chunk: &Chunk,
+        counts: &Counts,
+    ) -> anyhow::Result<u64> {
+        let url = format!("{}/v1/chunks/{}", self.config.images, chunk.digest);
+        let mut pause = TRY_PAUSE;
+        let mut tried = 0;
+        loop {
+            tried += 1;
+            let once = async {
+                let answer = self
+                    .client
+                    .request(Method::GET, &url)
+                    .timeout(CHUNK_LIMIT)
+                    .send()
+                    .await
+                    .and_then(reqwest::Response::error_for_status)
+                    .map_err(reqwest::Error::without_url)?;
+                let bytes = http::body(answer, STORED_MAX).await?;
+                counts.fetched.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                let file = file.clone();
+                let put = move || file.put(index, &bytes);
+                Ok::<_, anyhow::Error>(tokio::task::spawn_blocking(put).await??)
+            };
+            match once.await {
+                Ok(()) => return Ok(chunk.stored.0),
+                Err(e)
+                    if e.chain()
+                        .any(|c| matches!(c.downcast_ref(), Some(vmatrix_vma_image::Error::DiskFull { .. }))) =>
+                {
+                    return Err(e);
+                }
+                Err(e) if tried == TRIES => {
+                    return Err(e)
+                        .with_context(|| format!("cannot get chunk {} after {TRIES} tries", chunk.digest.short()));
+                }
+                Err(e) => tracing::debug!(chunk = chunk.digest.short(), tried, error = format!("{e:#}"), "again"),
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+        }
+    }
+}
+
+/// The parts a guest runs from, with their files; what the origin seeds its back end with is not among them.
+fn parts<'a>(manifest: &'a Manifest, files: &'a Files) -> impl Iterator<Item = (&'a Part, &'a PathBuf)> {
+    manifest.parts.iter().filter_map(move |part| {
+        let path = match part.kind {
+            PartKind::Memory => &files.memory,
+            PartKind::Device => &files.device,
+            PartKind::Disk => &files.disk,
+            PartKind::Kernel => &files.kernel,
+            PartKind::Initrd => &files.initrd,
+            PartKind::BackendSeed => return None,
+        };
+        Some((part, path))
+    })
+}
+
+/// Stored bytes that staging fetches. A chunk that lies in two places is counted, and fetched, twice.
+fn stored(manifest: &Manifest) -> Bytes {
+    manifest
+        .parts
+        .iter()
+        .filter(|p| p.kind != PartKind::BackendSeed)
+        .flat_map(|p| p.chunks.iter().flatten())
+        .map(|c| c.stored)
+        .sum()
+}
+
+/// `maps` of `…/maps-0123456789abcdef`.
+fn image_of(folder: &Path) -> Option<String> {
+    let (name, digest) = folder.file_name()?.to_str()?.rsplit_once('-')?;
+    (digest.len() == 16 && digest.bytes().all(|b| b.is_ascii_hexdigit())).then(|| name.to_owned())
+}
+
+/// Reads what an earlier run staged and checked: signature and chunks were verified then.
+fn read_whole(folder: &Path) -> anyhow::Result<Staged> {
+    let signed: SignedManifest = serde_json::from_slice(&std::fs::read(folder.join("manifest.json"))?)?;
+    let digest = Digest::of(signed.manifest.as_bytes());
+    Ok(Staged { manifest: serde_json::from_str(&signed.manifest)?, digest, files: Files::within(folder) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_names_its_image_even_with_a_dash_in_it() {
+        assert_eq!(image_of(Path::new("/s/maps-eu-0123456789abcdef")).as_deref(), Some("maps-eu"));
+        assert_eq!(image_of(Path::new("/s/maps-eu")), None);
+    }
+}

@@ -1,0 +1,347 @@
+//! Cells on a real kernel: each test makes a namespace that stands for a network, and takes away all it made.
+
+use super::record::Phase;
+use super::{Machine, cell};
+use crate::config::MachineConfig;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+use vmatrix_model::manifest::{GuestSpec, Health, MachineSpec, Manifest, Measured, SignedManifest};
+use vmatrix_model::{Digest, InstanceId};
+use vmatrix_vma_core::cell::{BRIDGE, TAP, open};
+use vmatrix_vma_core::steps::{CellSpec, Life, Step};
+use vmatrix_vma_image::netns;
+
+const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 10);
+const MAC: &str = "52:54:00:76:6d:01";
+const DECLARED: u16 = 80;
+const UNDECLARED: u16 = 9999;
+
+/// A network's namespace, and everything below its name.
+struct Network {
+    name: String,
+    dir: tempfile::TempDir,
+}
+
+impl Network {
+    fn new(what: &str) -> Network {
+        let name = format!("vmxt{}{what}", std::process::id());
+        netns::ip_batch(None, &[format!("netns add {name}")]).expect("these tests need root and iproute2");
+        netns::ip_batch(Some(&name), &["link set lo up".into()]).unwrap();
+        let network = Network { name, dir: tempfile::tempdir().unwrap() };
+        network.inside(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap());
+        network
+    }
+
+    fn inside<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        netns::enter(&netns::path(&self.name), f).unwrap()
+    }
+
+    fn block_on<T: Send>(&self, f: impl Future<Output = T> + Send) -> T {
+        self.inside(|| tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(f))
+    }
+
+    /// A machine whose tunnels are this script.
+    fn machine_with_tunnel(&self, script: &str) -> Arc<Machine> {
+        use std::os::unix::fs::PermissionsExt;
+        let program = self.dir.path().join("program");
+        std::fs::write(&program, format!("#!/bin/sh\nfor last; do :; done\n{script}\n")).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let mut machine = self.machine();
+        Arc::get_mut(&mut machine).unwrap().program = program;
+        machine
+    }
+
+    fn machine(&self) -> Arc<Machine> {
+        let config = MachineConfig {
+            name: "m1".parse().unwrap(),
+            network: "ashburn".parse().unwrap(),
+            listen: "127.0.0.1:8451".parse().unwrap(),
+            state_dir: self.dir.path().join("state"),
+            token_file: self.dir.path().join("token"),
+            vma: "http://127.0.0.1:1".into(),
+            images: "http://127.0.0.1:1".into(),
+            origin: "http://127.0.0.1:1".into(),
+            cpus: 1,
+            memory_mib: 1024,
+            cells: "100.64.7.0/24".parse().unwrap(),
+            cell_prefix: self.name.clone(),
+            signers: vec![],
+        };
+        Arc::new(Machine::new(config, "secret").unwrap())
+    }
+
+    /// Names of namespaces and interfaces that belong to it.
+    fn left(&self) -> Vec<String> {
+        let namespaces =
+            std::fs::read_dir("/run/netns").unwrap().filter_map(|e| e.unwrap().file_name().into_string().ok());
+        let below = format!("{}-", self.name);
+        let mut left: Vec<String> = namespaces.filter(|n| n.starts_with(&below)).collect();
+        let links = Command::new("ip").args(["-n", &self.name, "-o", "link"]).output().unwrap();
+        left.extend(String::from_utf8_lossy(&links.stdout).lines().filter(|l| l.contains(": vx")).map(str::to_owned));
+        left
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for name in
+            std::fs::read_dir("/run/netns").into_iter().flatten().filter_map(|e| e.ok()?.file_name().into_string().ok())
+        {
+            if name == self.name || name.starts_with(&format!("{}-", self.name)) {
+                let _ = netns::ip_batch(None, &[format!("netns del {name}")]);
+            }
+        }
+    }
+}
+
+fn instance(number: u32) -> InstanceId {
+    InstanceId { service: "tiny".parse().unwrap(), number }
+}
+
+fn spec(number: u32) -> CellSpec {
+    CellSpec {
+        instance: instance(number),
+        image: "tiny".into(),
+        ports: vec![DECLARED],
+        backends: vec![],
+        memory_mib: 128,
+    }
+}
+
+/// An image without parts: enough for a cell.
+fn stage(state: &std::path::Path) -> PathBuf {
+    let manifest = Manifest {
+        format: vmatrix_model::manifest::FORMAT,
+        name: "tiny".into(),
+        recipe: Digest::of(b"tiny"),
+        machine: MachineSpec {
+            qemu_version: "10.0.2".into(),
+            machine_type: "pc-q35-10.0".into(),
+            cpu_model: "Nehalem".into(),
+            accelerator: "tcg".into(),
+            smp: 1,
+            memory_mib: 128,
+            devices: vec![],
+            netdev: "tap".into(),
+            append: String::new(),
+        },
+        guest: GuestSpec {
+            address: GUEST,
+            gateway: [192, 168, 1, 1].into(),
+            mac: MAC.into(),
+            ports: vec![DECLARED],
+            health: Health { port: DECLARED, path: "/".into(), status: 200 },
+            backends: vec![],
+        },
+        parts: vec![],
+        measured: Measured { boot_ms: 1, answer_ms: 1 },
+    };
+    let signed = SignedManifest {
+        manifest: serde_json::to_string(&manifest).unwrap(),
+        signature: String::new(),
+        signer: String::new(),
+    };
+    let folder = state.join("images/tiny-0123456789abcdef");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("manifest.json"), serde_json::to_vec(&signed).unwrap()).unwrap();
+    std::fs::write(folder.join("whole"), "").unwrap();
+    folder
+}
+
+/// Puts a namespace where the guest would be, behind the interface that would be its tap; it answers
+/// every connection on both ports with its name.
+fn stand_in(network: &Network, number: u32) -> String {
+    let (inner, guest) = (format!("{}-{}", network.name, instance(number)), format!("{}-guest{number}", network.name));
+    netns::ip_batch(None, &[format!("netns add {guest}")]).unwrap();
+    netns::ip_batch(
+        Some(&inner),
+        &[
+            format!("link add {TAP} type veth peer name eth0 netns {guest}"),
+            format!("link set {TAP} master {BRIDGE}"),
+            format!("link set {TAP} up"),
+        ],
+    )
+    .unwrap();
+    netns::ip_batch(
+        Some(&guest),
+        &[
+            format!("link set eth0 address {MAC}"),
+            format!("addr add {GUEST}/24 dev eth0"),
+            "link set eth0 up".into(),
+            "link set lo up".into(),
+            "route add default via 192.168.1.1".into(),
+        ],
+    )
+    .unwrap();
+    for port in [DECLARED, UNDECLARED] {
+        let listener =
+            netns::enter(&netns::path(&guest), || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap()).unwrap();
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let _ = stream.write_all(format!("guest {number}").as_bytes());
+            }
+        });
+    }
+    guest
+}
+
+/// What answers there, from this thread's namespace.
+fn ask(address: Ipv4Addr, port: u16) -> Option<String> {
+    let mut stream =
+        TcpStream::connect_timeout(&SocketAddr::new(address.into(), port), Duration::from_millis(700)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
+#[test]
+fn machine_two_cells_with_one_private_address_are_apart_and_leave_nothing() {
+    let network = Network::new("a");
+    stage(&network.dir.path().join("state"));
+    let machine = network.machine();
+    let cells: Vec<Ipv4Addr> = network.block_on(async {
+        for n in [0, 1] {
+            machine.step(Step::Prepare(spec(n))).await.unwrap();
+            // Asked again, it finds everything done.
+            machine.step(Step::Prepare(spec(n))).await.unwrap();
+        }
+        machine.seen().cells.iter().map(|c| c.address).collect()
+    });
+    assert!(machine.seen().cells.iter().all(|c| c.life == Life::Ready));
+    let guests = [stand_in(&network, 0), stand_in(&network, 1)];
+
+    assert_eq!(network.inside(|| ask(cells[0], DECLARED)), None, "a cell let traffic in before its guest was awakened");
+    for n in [0, 1] {
+        cell::nft(&netns::path(&machine.namespace(&instance(n))), &open(&[DECLARED])).unwrap();
+    }
+    assert_eq!(network.inside(|| ask(cells[0], DECLARED)).as_deref(), Some("guest 0"));
+    assert_eq!(network.inside(|| ask(cells[1], DECLARED)).as_deref(), Some("guest 1"));
+    assert_eq!(network.inside(|| ask(cells[0], UNDECLARED)), None, "an undeclared port answers");
+
+    let outside = network.inside(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 7000)).unwrap());
+    let neighbour = cells[1];
+    let host = machine.records.get(&instance(0)).unwrap().link.outer;
+    let reached = netns::enter(&netns::path(&guests[0]), || {
+        [ask(neighbour, DECLARED), ask(host, 7000), ask([192, 168, 1, 1].into(), 7000)]
+    })
+    .unwrap();
+    assert_eq!(reached, [None, None, None], "a guest reached its neighbour, its host or its cell");
+    drop(outside);
+
+    network.block_on(async {
+        for n in [0, 1] {
+            machine.step(Step::Release { instance: instance(n) }).await.unwrap();
+            machine.step(Step::Release { instance: instance(n) }).await.unwrap();
+        }
+    });
+    for guest in guests {
+        netns::ip_batch(None, &[format!("netns del {guest}")]).unwrap();
+    }
+    assert_eq!(network.left(), Vec::<String>::new());
+    assert_eq!(std::fs::read_dir(network.dir.path().join("state/cells")).unwrap().count(), 0);
+}
+
+#[test]
+fn machine_cells_are_found_again_after_the_daemon_was_killed() {
+    let network = Network::new("b");
+    stage(&network.dir.path().join("state"));
+    let before = network.machine();
+    network.block_on(before.step(Step::Prepare(spec(0)))).unwrap();
+    let address = before.seen().cells[0].address;
+    // Killed while it resumed: the record says so, and no VM runs.
+    before.records.note(&instance(0), Phase::Resuming, None).unwrap();
+    drop(before);
+    let after = network.machine();
+    let seen = after.seen();
+    assert_eq!((seen.cells[0].address, seen.cells[0].life), (address, Life::Lost));
+    assert_eq!(after.stages.whole("tiny").map(|s| s.manifest.guest.address), Some(GUEST));
+    network.block_on(async {
+        after.step(Step::Suspend { instance: instance(0) }).await.unwrap();
+        assert_eq!(after.seen().cells[0].life, Life::Ready);
+        let refused = after.step(Step::DropImage { image: "tiny".into() }).await.unwrap_err();
+        assert!(refused.problem.contains("in use by tiny-0"), "{refused}");
+        after.step(Step::Release { instance: instance(0) }).await.unwrap();
+        after.step(Step::DropImage { image: "tiny".into() }).await.unwrap();
+    });
+    assert_eq!(network.left(), Vec::<String>::new());
+    assert_eq!(std::fs::read_dir(network.dir.path().join("state/images")).unwrap().count(), 0);
+}
+
+#[test]
+fn machine_a_namespace_that_was_deleted_is_built_again() {
+    let network = Network::new("c");
+    stage(&network.dir.path().join("state"));
+    let machine = network.machine();
+    network.block_on(machine.step(Step::Prepare(spec(0)))).unwrap();
+    netns::ip_batch(None, &[format!("netns del {}", machine.namespace(&instance(0)))]).unwrap();
+    assert_eq!(machine.seen().cells[0].life, Life::Building);
+    network.block_on(machine.step(Step::Prepare(spec(0)))).unwrap();
+    assert_eq!(machine.seen().cells[0].life, Life::Ready);
+}
+
+#[test]
+fn machine_an_image_cut_short_is_refused_by_name_and_staged_anew() {
+    use vmatrix_model::Bytes;
+    use vmatrix_model::manifest::{Part, PartKind};
+    let network = Network::new("d");
+    let folder = stage(&network.dir.path().join("state"));
+    let mut signed: SignedManifest =
+        serde_json::from_slice(&std::fs::read(folder.join("manifest.json")).unwrap()).unwrap();
+    let mut manifest: Manifest = serde_json::from_str(&signed.manifest).unwrap();
+    manifest.parts.push(Part { kind: PartKind::Memory, size: Bytes(4096), chunk: Bytes(4096), chunks: vec![None] });
+    signed.manifest = serde_json::to_string(&manifest).unwrap();
+    std::fs::write(folder.join("manifest.json"), serde_json::to_vec(&signed).unwrap()).unwrap();
+    std::fs::write(folder.join("memory"), [0; 100]).unwrap();
+    let machine = network.machine();
+    let said = machine.stages.check_sizes("tiny").unwrap_err().to_string();
+    assert!(said.contains("memory has 100 bytes and should have 4096"), "{said}");
+    assert!(machine.stages.whole("tiny").is_none() && !folder.join("whole").exists());
+}
+
+fn tunnelled() -> CellSpec {
+    let backends = vec![vmatrix_vma_core::steps::BackendAddress { address: [172, 21, 162, 20].into(), port: 5432 }];
+    CellSpec { backends, ..spec(0) }
+}
+
+#[test]
+fn machine_a_cell_with_a_back_end_is_ready_when_its_tunnel_is_and_keeps_it_up() {
+    let network = Network::new("e");
+    stage(&network.dir.path().join("state"));
+    // The last word of a tunnel's command line is its status file.
+    let machine = network.machine_with_tunnel(r#"sleep 0.2; echo '{"ready":true}' > "$last"; sleep 30"#);
+    network.block_on(async {
+        machine.step(Step::Prepare(tunnelled())).await.unwrap();
+        let first = machine.find_tunnel(&instance(0)).expect("the cell is ready without its tunnel");
+        let minder = tokio::spawn(super::mind::tunnels(machine.clone()));
+        super::process::end(&first, Duration::ZERO).await.unwrap();
+        let began = std::time::Instant::now();
+        while machine.find_tunnel(&instance(0)).is_none() {
+            assert!(began.elapsed() < Duration::from_secs(10), "the tunnel was not started again");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        machine.step(Step::Release { instance: instance(0) }).await.unwrap();
+        minder.abort();
+        assert_eq!(machine.find_tunnel(&instance(0)), None);
+    });
+    assert_eq!(network.left(), Vec::<String>::new());
+}
+
+#[test]
+fn machine_a_tunnel_that_ends_says_why_the_cell_is_not_ready() {
+    let network = Network::new("f");
+    stage(&network.dir.path().join("state"));
+    let machine = network.machine_with_tunnel("echo the origin is not there >&2; exit 1");
+    let said = network.block_on(machine.step(Step::Prepare(tunnelled()))).unwrap_err();
+    assert!(
+        said.problem.contains("the tunnel of tiny-0 ended") && said.problem.contains("the origin is not there"),
+        "{said}"
+    );
+    assert_eq!(machine.seen().cells[0].life, Life::Building);
+    network.block_on(machine.step(Step::Release { instance: instance(0) })).unwrap();
+    assert_eq!(network.left(), Vec::<String>::new());
+}

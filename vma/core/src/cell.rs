@@ -1,0 +1,180 @@
+//! A cell's addresses and rules: what it is built for ─▶ the text `nft -f -` takes.
+//!
+//! ```text
+//!  network's namespace │ cell                                             │ guest
+//!   .1 ──── veth ──────┼─ up0 .2 ─DNAT▶ br0 192.168.1.1 ── tap0 ──────────┼─ 192.168.1.10
+//!                      │                 └──SNAT▶ vpn0 ══▶ origin's intranet
+//! ```
+//!
+//! # Invariants
+//! 1. Only declared ports come in, and only while they are open: after the guest was reseeded.
+//! 2. The guest reaches declared back ends through the tunnel device and nothing else: with the
+//!    tunnel down its packets are dropped, never sent plainly.
+//! 3. The guest sends with its own MAC and address only.
+//! 4. The cell itself answers nobody.
+
+use crate::steps::BackendAddress;
+use ipnet::Ipv4Net;
+use std::fmt::Write;
+use std::net::Ipv4Addr;
+
+/// The cell's end of the pair of interfaces.
+pub const UPLINK: &str = "up0";
+/// The bridge the guest's tap is on.
+pub const BRIDGE: &str = "br0";
+/// The guest's tap.
+pub const TAP: &str = "tap0";
+/// The tunnel's device.
+pub const TUNNEL: &str = "vpn0";
+
+/// Both ends of the link between a network and a cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    /// In the network's namespace.
+    pub outer: Ipv4Addr,
+    /// In the cell.
+    pub cell: Ipv4Addr,
+}
+
+/// The `index`th /30 of `cells`, if there is one.
+pub fn link(cells: Ipv4Net, index: u32) -> Option<Link> {
+    let first = index.checked_mul(4)?;
+    let size = 1u64 << (32 - u32::from(cells.prefix_len()));
+    if u64::from(first) + 4 > size {
+        return None;
+    }
+    let base = cells.network().to_bits().checked_add(first)?;
+    Some(Link { outer: Ipv4Addr::from_bits(base + 1), cell: Ipv4Addr::from_bits(base + 2) })
+}
+
+/// What the rules of a cell depend on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rules<'a> {
+    /// The cell's address within the network.
+    pub cell: Ipv4Addr,
+    pub guest: Ipv4Addr,
+    pub mac: &'a str,
+    /// TCP ports that may be opened.
+    pub ports: &'a [u16],
+    pub backends: &'a [BackendAddress],
+}
+
+/// Kernel settings of a cell, as files under `/proc/sys` and what to write.
+///
+/// `bridge-nf-call-iptables` is on in a fresh namespace, and the forward policy would then drop frames
+/// within the bridge. With `tcp_loose` the cell would pass on flows that only the resumed guest
+/// remembers; without it they are invalid, and reset at once, so the guest reconnects.
+pub const SETTINGS: &[(&str, &str)] = &[
+    ("net/bridge/bridge-nf-call-iptables", "0"),
+    ("net/ipv4/ip_forward", "1"),
+    ("net/ipv6/conf/all/disable_ipv6", "1"),
+    ("net/netfilter/nf_conntrack_tcp_loose", "0"),
+];
+
+/// The whole rule set, replacing whatever the cell had; every port begins closed.
+pub fn rules(r: &Rules) -> String {
+    let Rules { cell, guest, mac, .. } = r;
+    let mut backends = String::new();
+    for b in r.backends {
+        let _ = writeln!(
+            backends,
+            r#"    iifname "{BRIDGE}" oifname "{TUNNEL}" ip saddr {guest} ip daddr {} tcp dport {} ct state new accept"#,
+            b.address, b.port
+        );
+    }
+    format!(
+        r#"table ip vmatrix {{}}
+delete table ip vmatrix
+table ip vmatrix {{
+  set open {{ type inet_service; }}
+  chain pre {{
+    type nat hook prerouting priority dstnat; policy accept;
+    iifname "{UPLINK}" ip daddr {cell} tcp dport @open dnat to {guest}
+  }}
+  chain post {{
+    type nat hook postrouting priority srcnat; policy accept;
+    oifname "{TUNNEL}" masquerade
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy drop;
+    ct state established,related accept
+    iifname "{UPLINK}" oifname "{BRIDGE}" ct status dnat ct state new accept
+{backends}    iifname "{BRIDGE}" ip saddr {guest} meta l4proto tcp reject with tcp reset
+  }}
+  chain input {{
+    type filter hook input priority filter; policy drop;
+    iifname "lo" accept
+    ct state established,related accept
+  }}
+}}
+table bridge vmatrix {{}}
+delete table bridge vmatrix
+table bridge vmatrix {{
+  chain guest {{
+    type filter hook prerouting priority -300; policy accept;
+    iifname != "{TAP}" accept
+    ether saddr != {mac} drop
+    ether type arp arp saddr ip {guest} accept
+    ether type ip ip saddr {guest} accept
+    drop
+  }}
+}}
+"#
+    )
+}
+
+/// Lets new connections in on the declared ports.
+pub fn open(ports: &[u16]) -> String {
+    if ports.is_empty() {
+        return close();
+    }
+    let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+    format!("flush set ip vmatrix open\nadd element ip vmatrix open {{ {} }}\n", ports.join(", "))
+}
+
+/// Lets no new connection in.
+pub fn close() -> String {
+    "flush set ip vmatrix open\n".to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cell_has_a_slash_30_and_a_slash_24_has_64() {
+        let cells = "100.64.0.0/24".parse().unwrap();
+        assert_eq!(link(cells, 0).unwrap().cell.to_string(), "100.64.0.2");
+        assert_eq!(link(cells, 63).unwrap().outer.to_string(), "100.64.0.253");
+        assert_eq!(link(cells, 64), None);
+        assert_eq!(link(cells, u32::MAX), None);
+    }
+
+    #[test]
+    fn a_guest_without_back_ends_may_begin_nothing() {
+        let text = rules(&Rules {
+            cell: [100, 64, 0, 2].into(),
+            guest: [192, 168, 1, 10].into(),
+            mac: "52:54:00:76:6d:01",
+            ports: &[80],
+            backends: &[],
+        });
+        assert!(!text.lines().any(|l| l.contains("iifname \"br0\"") && l.contains("accept")), "{text}");
+        assert!(text.contains("policy drop"));
+    }
+
+    #[test]
+    fn a_back_end_is_reached_through_the_tunnel_only() {
+        let backends = [BackendAddress { address: [172, 21, 162, 20].into(), port: 5432 }];
+        let text = rules(&Rules {
+            cell: [100, 64, 0, 2].into(),
+            guest: [192, 168, 1, 10].into(),
+            mac: "52:54:00:76:6d:01",
+            ports: &[443],
+            backends: &backends,
+        });
+        let lines: Vec<&str> = text.lines().filter(|l| l.contains("5432")).collect();
+        assert_eq!(lines.len(), 1);
+        assert!(lines[0].contains("oifname \"vpn0\"") && lines[0].contains("172.21.162.20"));
+    }
+}

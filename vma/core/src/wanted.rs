@@ -1,0 +1,184 @@
+//! Which cells stay and what is missing: assignment + what is seen ─▶ cells to keep, cells to
+//! prepare, images to stage, wishes refused.
+
+use crate::pack::{Candidate, Held, pick};
+use crate::steps::{BackendAddress, CellSeen, CellSpec, Life, Step};
+use crate::{Machine, Vma};
+use std::collections::{BTreeMap, BTreeSet};
+use vmatrix_model::assignment::ServiceShare;
+use vmatrix_model::{InstanceId, MachineId, ServiceId};
+
+/// What one round works towards.
+#[derive(Debug, Default)]
+pub struct Chosen {
+    pub keep: BTreeSet<(MachineId, InstanceId)>,
+    pub prepare: Vec<(MachineId, CellSpec)>,
+    pub stage: Vec<(MachineId, ServiceId, String)>,
+    pub refused: BTreeMap<ServiceId, String>,
+}
+
+/// Chooses for every service of the assignment, in order of name.
+pub fn choose(vma: &Vma) -> Chosen {
+    let mut chosen = Chosen::default();
+    let mut taken = taken(vma);
+    for (service, share) in vma.assignment.iter().flat_map(|a| &a.services) {
+        let kept = keep(vma, service, share);
+        let missing = (share.instances as usize).saturating_sub(kept.len());
+        chosen.keep.extend(kept);
+        for instance in free_names(vma, service, &chosen.keep).take(missing) {
+            if let Some(machine) = ordered(vma, &instance) {
+                chosen.prepare.push((machine, spec(instance, share)));
+                continue;
+            }
+            match place(vma, &taken, share) {
+                Ok((machine, Held::Whole)) => {
+                    *taken.entry(machine.clone()).or_default() += share.memory_mib;
+                    chosen.prepare.push((machine, spec(instance, share)));
+                }
+                Ok((machine, _)) => {
+                    *taken.entry(machine.clone()).or_default() += share.memory_mib;
+                    want_staged(vma, &mut chosen, machine, service, share);
+                }
+                Err(why) => {
+                    chosen.refused.insert(service.clone(), why);
+                }
+            }
+        }
+        // Cells whose image is missing, and dormant shares: the image is to be here all the same.
+        let keepers: Vec<MachineId> =
+            chosen.keep.iter().filter(|(_, i)| i.service == *service).map(|(m, _)| m.clone()).collect();
+        for machine in keepers {
+            if vma.machines.get(&machine).is_some_and(|m| !m.holds(&share.image)) {
+                want_staged(vma, &mut chosen, machine, service, share);
+            }
+        }
+        if share.instances == 0 && !vma.machines.values().any(|m| m.holds(&share.image)) {
+            let dormant = ServiceShare { memory_mib: 0, ..share.clone() };
+            match place(vma, &taken, &dormant) {
+                Ok((machine, _)) => want_staged(vma, &mut chosen, machine, service, share),
+                Err(why) => {
+                    chosen.refused.insert(service.clone(), why);
+                }
+            }
+        }
+        let nowhere = !vma.machines.values().any(|m| m.holds(&share.image));
+        if let Some((machine, fault)) = vma.stage_trouble(&share.image).filter(|_| nowhere) {
+            chosen.refused.entry(service.clone()).or_insert_with(|| format!("{machine}: {fault}"));
+        }
+    }
+    chosen
+}
+
+/// What a cell of this share is built for.
+pub fn spec(instance: InstanceId, share: &ServiceShare) -> CellSpec {
+    let backends = share.backends.iter().map(|b| BackendAddress { address: b.address, port: b.port }).collect();
+    CellSpec {
+        instance,
+        image: share.image.clone(),
+        ports: share.ports.clone(),
+        backends,
+        memory_mib: share.memory_mib,
+    }
+}
+
+fn want_staged(vma: &Vma, chosen: &mut Chosen, machine: MachineId, service: &ServiceId, share: &ServiceShare) {
+    let busy = vma.machines.get(&machine).and_then(|m| m.staged(&share.image)).is_some_and(|s| s.fetching);
+    let asked = chosen.stage.iter().any(|(m, _, image)| *m == machine && *image == share.image);
+    if !busy && !asked {
+        chosen.stage.push((machine, service.clone(), share.image.clone()));
+    }
+}
+
+/// The cells of `service` that stay: the furthest along first, then the lower number, then the lower
+/// machine; never two of one name.
+fn keep(vma: &Vma, service: &ServiceId, share: &ServiceShare) -> Vec<(MachineId, InstanceId)> {
+    let mut cells: Vec<(&MachineId, &CellSeen)> =
+        vma.all_cells().filter(|(_, c)| c.instance.service == *service).collect();
+    cells.sort_by_key(|(m, c)| (rank(c.life), c.instance.number, (*m).clone()));
+    let mut names = BTreeSet::new();
+    cells
+        .into_iter()
+        .filter(|(_, c)| names.insert(c.instance.number))
+        .take(share.instances as usize)
+        .map(|(m, c)| (m.clone(), c.instance.clone()))
+        .collect()
+}
+
+fn rank(life: Life) -> u8 {
+    match life {
+        Life::Healthy => 0,
+        Life::Resuming => 1,
+        Life::Ready => 2,
+        Life::Building => 3,
+        Life::Sick => 4,
+        Life::Lost => 5,
+    }
+}
+
+/// Names for new instances: the lowest numbers no cell has, not even one that is going.
+fn free_names<'a>(
+    vma: &Vma,
+    service: &'a ServiceId,
+    keep: &BTreeSet<(MachineId, InstanceId)>,
+) -> impl Iterator<Item = InstanceId> + use<'a> {
+    let used: BTreeSet<u32> = vma
+        .all_cells()
+        .map(|(_, c)| &c.instance)
+        .chain(keep.iter().map(|(_, i)| i))
+        .filter(|i| i.service == *service)
+        .map(|i| i.number)
+        .collect();
+    (0..).filter(move |n| !used.contains(n)).map(|number| InstanceId { service: service.clone(), number })
+}
+
+/// Memory of each machine that cells have, MiB: those seen and those ordered, wanted or not.
+fn taken(vma: &Vma) -> BTreeMap<MachineId, u64> {
+    let mut taken: BTreeMap<MachineId, u64> = BTreeMap::new();
+    let mut seen = BTreeSet::new();
+    for (m, c) in vma.all_cells() {
+        seen.insert((m, &c.instance));
+        *taken.entry(m.clone()).or_default() += c.memory_mib;
+    }
+    for ((m, i), effort) in &vma.cells {
+        if let (Some(Step::Prepare(spec)), false) = (effort.outstanding(), seen.contains(&(m, i))) {
+            *taken.entry(m.clone()).or_default() += spec.memory_mib;
+        }
+    }
+    taken
+}
+
+/// Where a cell was ordered that is not seen yet: it stays there.
+fn ordered(vma: &Vma, instance: &InstanceId) -> Option<MachineId> {
+    let sent = |e: &crate::Effort| matches!(e.outstanding(), Some(Step::Prepare(_)));
+    vma.cells.iter().find(|((_, i), e)| i == instance && sent(e)).map(|((machine, _), _)| machine.clone())
+}
+
+fn place(vma: &Vma, taken: &BTreeMap<MachineId, u64>, share: &ServiceShare) -> Result<(MachineId, Held), String> {
+    let candidates: Vec<Candidate> = vma
+        .machines
+        .iter()
+        .filter(|(_, m)| m.has.is_some())
+        .map(|(id, m)| Candidate {
+            machine: id.clone(),
+            free_mib: m.seen.memory_mib.saturating_sub(taken.get(id).copied().unwrap_or(0)),
+            held: held(m, &share.image),
+            refuses: refuses(vma, id, &share.image),
+        })
+        .collect();
+    let picked = pick(&candidates, share.memory_mib)?;
+    Ok((picked.machine.clone(), picked.held))
+}
+
+fn held(machine: &Machine, image: &str) -> Held {
+    match machine.staged(image) {
+        Some(s) if s.seen.as_ref().is_some_and(|s| s.complete()) => Held::Whole,
+        Some(s) if s.fetching || s.seen.is_some() => Held::Part,
+        _ => Held::Nothing,
+    }
+}
+
+/// Why a machine will not take an image, if it said so for good.
+fn refuses(vma: &Vma, machine: &MachineId, image: &str) -> bool {
+    let effort = vma.stages.get(&(machine.clone(), image.to_owned()));
+    effort.and_then(|e| e.trouble.as_ref()).is_some_and(|f| f.lasting)
+}

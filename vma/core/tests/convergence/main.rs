@@ -1,0 +1,240 @@
+//! What the decisions promise, whatever happens in between.
+
+// A test may stop where its own input is wrong.
+#![allow(clippy::unwrap_used)]
+
+mod world;
+
+use proptest::prelude::*;
+use vmatrix_model::inventory::InstanceState;
+use vmatrix_vma_core::steps::{Event, Life};
+use world::{World, assignment};
+
+#[test]
+fn a_wanted_instance_serves_and_a_second_look_changes_nothing() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    assert_eq!((w.serving("maps"), w.slots("maps")), (1, 1));
+    let (steps, config) = (w.steps_sent, w.edge.clone());
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    assert_eq!(w.steps_sent, steps);
+    assert_eq!(w.edge, config);
+}
+
+#[test]
+fn a_dormant_share_holds_the_image_and_runs_nothing() {
+    let mut w = World::new(2);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 0)])));
+    w.settle();
+    assert_eq!(w.cells(), 0);
+    let image = &w.inventory.as_ref().unwrap().images[&"maps".parse().unwrap()];
+    assert!(image.complete());
+    assert_eq!(w.machines.values().filter(|m| m.images.contains_key("maps")).count(), 1);
+}
+
+#[test]
+fn a_resume_after_staging_is_three_steps_and_no_waiting() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 0)])));
+    w.settle();
+    let (before, began) = (w.steps_sent, w.now);
+    w.tell(Event::Assignment(assignment(2, &[("maps", 1)])));
+    while w.serving("maps") == 0 {
+        w.tick();
+    }
+    assert_eq!(w.steps_sent - before, 2, "prepare and resume");
+    assert!(w.now.since(began).as_ms() <= 900, "two steps of 300 ms took {}", w.now.since(began));
+}
+
+#[test]
+fn an_older_assignment_is_refused() {
+    let mut w = World::new(1);
+    assert!(w.tell(Event::Assignment(assignment(3, &[("maps", 1)]))));
+    assert!(!w.tell(Event::Assignment(assignment(2, &[]))));
+    assert_eq!(w.vma.assignment().unwrap().services.len(), 1);
+}
+
+#[test]
+fn connections_are_drained_before_the_suspend() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    w.tell(Event::Assignment(assignment(2, &[("maps", 0)])));
+    for _ in 0..8 {
+        w.tick();
+    }
+    assert_eq!(w.slots("maps"), 0);
+    let i = &w.inventory.as_ref().unwrap().instances;
+    assert_eq!((i.len(), i[0].state), (1, InstanceState::Draining));
+    w.settle();
+    assert_eq!(w.cells(), 0);
+    assert!(w.inventory.as_ref().unwrap().instances.is_empty());
+}
+
+#[test]
+fn connections_that_never_end_are_cut_when_the_drain_is_over() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    for n in w.connections.values_mut() {
+        *n = 1_000_000;
+    }
+    let began = w.now;
+    w.tell(Event::Assignment(assignment(2, &[("maps", 0)])));
+    while w.cells() > 0 {
+        w.tick();
+    }
+    assert!((10_000..12_000).contains(&w.now.since(began).as_ms()), "{}", w.now.since(began));
+}
+
+#[test]
+fn a_lost_vm_leaves_rotation_at_once_and_comes_back() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    for c in w.machines.values_mut().flat_map(|m| m.cells.values_mut()) {
+        c.life = Life::Lost;
+    }
+    w.tick();
+    assert_eq!(w.slots("maps"), 0);
+    w.settle();
+    assert_eq!(w.serving("maps"), 1);
+}
+
+#[test]
+fn a_machine_that_is_lost_has_its_instances_made_elsewhere() {
+    let mut w = World::new(2);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    let home = w.machines.iter().find(|(_, m)| !m.cells.is_empty()).map(|(id, _)| id.clone()).unwrap();
+    let lost = w.machines.remove(&home).unwrap();
+    w.settle();
+    assert_eq!(w.serving("maps"), 1);
+    // Its old cell comes back with it: surplus, so it goes.
+    w.machines.insert(home, lost);
+    w.settle();
+    assert_eq!((w.serving("maps"), w.cells()), (1, 1));
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_reason_and_the_rest_runs() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 9)])));
+    w.settle();
+    assert_eq!(w.serving("maps"), 4, "2048 MiB hold four of 512");
+    let why = &w.inventory.as_ref().unwrap().refused[&"maps".parse().unwrap()];
+    assert!(why.contains("512 MiB"), "{why}");
+}
+
+#[test]
+fn new_connections_are_forwarded_only_while_nothing_runs() {
+    let mut w = World::new(1);
+    let mut a = assignment(1, &[("maps", 0)]);
+    for s in a.services.values_mut() {
+        s.forward_to = Some([198, 19, 3, 100].into());
+    }
+    w.tell(Event::Assignment(a.clone()));
+    w.settle();
+    let maps = "maps".parse().unwrap();
+    assert!(w.edge.services[&maps].forward_to.is_some());
+    a.generation = a.generation.next();
+    for s in a.services.values_mut() {
+        s.instances = 1;
+    }
+    w.tell(Event::Assignment(a));
+    w.settle();
+    assert!(w.edge.services[&maps].forward_to.is_none());
+}
+
+#[test]
+fn a_restarted_agent_leaves_what_serves_in_rotation() {
+    let mut w = World::new(2);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 2)])));
+    w.settle();
+    let steps = w.steps_sent;
+    w.restart();
+    for _ in 0..60 {
+        w.tick();
+        assert_eq!(w.slots("maps"), 2, "rotation was emptied at {}", w.now.0);
+        if let Some(i) = &w.inventory {
+            assert!(i.instances.iter().all(|i| i.state == InstanceState::Serving), "{:?}", i.instances);
+        }
+    }
+    assert_eq!(w.steps_sent, steps);
+}
+
+#[derive(Debug, Clone)]
+enum Happening {
+    Assign(Vec<(usize, u32)>),
+    Pass(u8),
+    Restart,
+    Fail(u32),
+    Lose,
+    Sicken,
+}
+
+const NAMES: [&str; 3] = ["agenda", "maps", "tiny"];
+
+fn happening() -> impl Strategy<Value = Happening> {
+    prop_oneof![
+        3 => prop::collection::vec((0usize..3, 0u32..4), 0..4).prop_map(Happening::Assign),
+        5 => (1u8..40).prop_map(Happening::Pass),
+        1 => Just(Happening::Restart),
+        1 => (1u32..4).prop_map(Happening::Fail),
+        1 => Just(Happening::Lose),
+        1 => Just(Happening::Sicken),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever happened before: in the end exactly what is wanted runs (as far as it fits), nothing
+    /// else; and with nothing wanted, nothing is left. The world itself asserts that nothing was
+    /// exposed before it was healthy, suspended in rotation, released while it ran, or given more
+    /// memory than there is.
+    #[test]
+    fn it_converges(machines in 1u32..4, happenings in prop::collection::vec(happening(), 1..25)) {
+        let mut w = World::new(machines);
+        let mut generation = 0;
+        let mut wanted: Vec<(&str, u32)> = Vec::new();
+        for h in happenings {
+            match h {
+                Happening::Assign(services) => {
+                    generation += 1;
+                    let unique: std::collections::BTreeMap<&str, u32> = services.iter().map(|(i, n)| (NAMES[*i], *n)).collect();
+                    wanted = unique.into_iter().collect();
+                    w.tell(Event::Assignment(assignment(generation, &wanted)));
+                }
+                Happening::Pass(n) => (0..n).for_each(|_| w.tick()),
+                Happening::Restart => w.restart(),
+                Happening::Fail(n) => w.fail_next = n,
+                Happening::Lose => w.machines.values_mut().flat_map(|m| m.cells.values_mut()).take(1).filter(|c| c.life == Life::Healthy).for_each(|c| c.life = Life::Lost),
+                Happening::Sicken => w.machines.values_mut().flat_map(|m| m.cells.values_mut()).take(1).filter(|c| c.life == Life::Healthy).for_each(|c| c.life = Life::Sick),
+            }
+        }
+        if generation == 0 {
+            return Ok(());
+        }
+        w.settle();
+        let total: u32 = wanted.iter().map(|(_, n)| n).sum();
+        let room = machines * 4;
+        let serving: usize = NAMES.iter().map(|n| w.serving(n)).sum();
+        prop_assert_eq!(serving as u32, total.min(room));
+        prop_assert_eq!(w.cells() as u32, total.min(room));
+        let steps = w.steps_sent;
+        let config = w.edge.clone();
+        if total <= room {
+            w.settle();
+            prop_assert_eq!(w.steps_sent, steps);
+            prop_assert_eq!(&w.edge, &config);
+        }
+        w.tell(Event::Assignment(assignment(generation + 1, &[])));
+        w.settle();
+        prop_assert_eq!(w.cells(), 0);
+        prop_assert!(w.machines.values().all(|m| m.images.is_empty()));
+        prop_assert!(w.edge.services.values().all(|s| s.slots.is_empty()));
+    }
+}

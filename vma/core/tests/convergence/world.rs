@@ -1,0 +1,307 @@
+//! A toy network for the properties: machines that do steps after a while, or fail, or forget; an edge
+//! that confirms; clients whose connections end after a while.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::Ipv4Addr;
+use vmatrix_model::assignment::{Assignment, ServiceShare};
+use vmatrix_model::edge_config::{EdgeConfig, EdgeSeen};
+use vmatrix_model::inventory::{ImageSeen, InstanceState, Inventory, MachineSeen};
+use vmatrix_model::{Bytes, Digest, Generation, InstanceId, MachineId, ServiceId, Span, Time};
+use vmatrix_vma_core::Vma;
+use vmatrix_vma_core::steps::{CellSeen, Command, Event, Fault, Life, Seen, StagedSeen, Step};
+
+pub const IMAGE: Bytes = Bytes(100);
+
+pub struct ToyMachine {
+    pub seen: MachineSeen,
+    pub cells: BTreeMap<InstanceId, CellSeen>,
+    pub images: BTreeMap<String, u64>,
+    sequence: u64,
+    next_address: u32,
+}
+
+pub struct World {
+    pub now: Time,
+    pub vma: Vma,
+    pub machines: BTreeMap<MachineId, ToyMachine>,
+    pub edge: EdgeConfig,
+    pub connections: BTreeMap<Ipv4Addr, u32>,
+    pub inventory: Option<Inventory>,
+    pub saved: Option<Assignment>,
+    pub ever_healthy: BTreeSet<Ipv4Addr>,
+    pub steps_sent: usize,
+    /// The next so many steps fail.
+    pub fail_next: u32,
+    pending: VecDeque<(Time, MachineId, Step)>,
+    /// Machines subscribe each second, so a new agent does not hear of them at once.
+    unsubscribed_until: Time,
+}
+
+pub fn service(name: &str, instances: u32) -> (ServiceId, ServiceShare) {
+    let share = ServiceShare {
+        image: name.into(),
+        instances,
+        memory_mib: 512,
+        vip: [198, 19, 1, 100].into(),
+        ports: vec![80],
+        backends: vec![],
+        drain: Span::secs(10),
+        forward_to: None,
+    };
+    (name.parse().unwrap(), share)
+}
+
+pub fn assignment(generation: u64, services: &[(&str, u32)]) -> Assignment {
+    Assignment {
+        generation: Generation(generation),
+        network: "tokyo".parse().unwrap(),
+        services: services.iter().map(|(n, k)| service(n, *k)).collect(),
+    }
+}
+
+impl World {
+    pub fn new(machines: u32) -> World {
+        let network: vmatrix_model::NetworkId = "tokyo".parse().unwrap();
+        let machines = (1..=machines)
+            .map(|i| {
+                let id: MachineId = format!("m{i}").parse().unwrap();
+                let seen = MachineSeen {
+                    id: id.clone(),
+                    cpus: 2,
+                    memory_mib: 2048,
+                    free_mib: 2048,
+                    accelerator: "tcg".into(),
+                    qemu_version: "10.0.2".into(),
+                };
+                (
+                    id,
+                    ToyMachine {
+                        seen,
+                        cells: BTreeMap::new(),
+                        images: BTreeMap::new(),
+                        sequence: 0,
+                        next_address: i << 8,
+                    },
+                )
+            })
+            .collect();
+        World {
+            now: Time(0),
+            vma: Vma::new(network.clone()),
+            machines,
+            edge: EdgeConfig { generation: Generation(0), network, services: BTreeMap::new() },
+            connections: BTreeMap::new(),
+            inventory: None,
+            saved: None,
+            ever_healthy: BTreeSet::new(),
+            steps_sent: 0,
+            fail_next: 0,
+            pending: VecDeque::new(),
+            unsubscribed_until: Time(0),
+        }
+    }
+
+    pub fn tell(&mut self, event: Event) -> bool {
+        if let Event::Assignment(a) = &event {
+            let newer = self.saved.as_ref().is_none_or(|s| s.generation <= a.generation);
+            if newer {
+                self.saved = Some(a.clone());
+            }
+        }
+        let mut accepted = true;
+        for command in self.vma.handle(self.now, event) {
+            match command {
+                Command::Step { machine, step } => {
+                    self.steps_sent += 1;
+                    self.pending.push_back((self.now + Span::ms(300), machine, step));
+                }
+                Command::Edge(config) => self.install(config),
+                Command::Report(inventory) => self.inventory = Some(inventory),
+                Command::Refused { .. } => accepted = false,
+            }
+        }
+        accepted
+    }
+
+    fn install(&mut self, config: EdgeConfig) {
+        assert!(config.generation > self.edge.generation || config == self.edge, "the edge was told an old config");
+        for slot in config.services.values().flat_map(|s| &s.slots) {
+            assert!(self.ever_healthy.contains(&slot.cell), "{} was exposed and never healthy", slot.cell);
+            *self.connections.entry(slot.cell).or_default() = 2;
+        }
+        self.edge = config;
+        // Confirmed only at the next look, as over a wire.
+    }
+
+    /// The agent dies and begins anew, with what it had saved.
+    pub fn restart(&mut self) {
+        self.vma = Vma::new("tokyo".parse().unwrap());
+        self.inventory = None;
+        self.unsubscribed_until = self.now + Span::secs(1);
+        if let Some(a) = self.saved.clone() {
+            self.tell(Event::Assignment(a));
+        }
+    }
+
+    /// A tenth of a second passes.
+    pub fn tick(&mut self) {
+        self.now = self.now + Span::ms(100);
+        let in_rotation: BTreeSet<Ipv4Addr> =
+            self.edge.services.values().flat_map(|s| s.slots.iter().map(|s| s.cell)).collect();
+        if self.now.0.is_multiple_of(1_000_000) {
+            // Connections of cells out of rotation end, one a second.
+            for (cell, n) in &mut self.connections {
+                if !in_rotation.contains(cell) {
+                    *n = n.saturating_sub(1);
+                }
+            }
+        }
+        while self.pending.front().is_some_and(|(at, _, _)| *at <= self.now) {
+            let Some((_, machine, step)) = self.pending.pop_front() else { break };
+            let result = if self.fail_next > 0 {
+                self.fail_next -= 1;
+                Err(Fault { problem: "it did not work".into(), hint: String::new(), lasting: false })
+            } else {
+                self.step(&machine, &step);
+                Ok(())
+            };
+            self.look(&machine);
+            self.tell(Event::StepDone { machine, step, result });
+        }
+        let ids: Vec<MachineId> = self.machines.keys().cloned().collect();
+        for id in ids {
+            if let Some(m) = self.machines.get_mut(&id).filter(|_| self.now >= self.unsubscribed_until) {
+                for present in m.images.values_mut() {
+                    *present = (*present + 10).min(IMAGE.0);
+                }
+                let seen = m.seen.clone();
+                self.tell(Event::Subscribed(seen));
+                self.look(&id);
+            }
+        }
+        let seen = EdgeSeen {
+            network: self.edge.network.clone(),
+            config: self.edge.generation,
+            steering: Generation(0),
+            connections: self.connections.clone(),
+        };
+        self.tell(Event::EdgeSeen(seen));
+        self.tell(Event::Tick);
+    }
+
+    fn look(&mut self, id: &MachineId) {
+        let Some(m) = self.machines.get_mut(id) else { return };
+        m.sequence += 1;
+        let images = m
+            .images
+            .iter()
+            .map(|(name, present)| StagedSeen {
+                image: name.clone(),
+                seen: Some(ImageSeen {
+                    digest: Digest::of(name.as_bytes()),
+                    present: Bytes(*present),
+                    total: IMAGE,
+                    fetched: Bytes(*present),
+                }),
+                fetching: *present < IMAGE.0,
+                trouble: None,
+            })
+            .collect();
+        let seen = Seen {
+            machine: id.clone(),
+            run: 1,
+            sequence: m.sequence,
+            cells: m.cells.values().cloned().collect(),
+            images,
+        };
+        self.tell(Event::Seen(seen));
+    }
+
+    fn step(&mut self, id: &MachineId, step: &Step) {
+        let in_rotation: BTreeSet<Ipv4Addr> =
+            self.edge.services.values().flat_map(|s| s.slots.iter().map(|s| s.cell)).collect();
+        let m = self.machines.get_mut(id).unwrap();
+        match step {
+            Step::Stage { image, .. } => {
+                m.images.entry(image.clone()).or_insert(0);
+            }
+            Step::DropImage { image } => {
+                m.images.remove(image);
+            }
+            Step::Prepare(spec) => {
+                let next = &mut m.next_address;
+                let used: u64 = m.cells.values().map(|c| c.memory_mib).sum();
+                assert!(
+                    m.cells.contains_key(&spec.instance) || used + spec.memory_mib <= m.seen.memory_mib,
+                    "{id} was given more than it has"
+                );
+                m.cells.entry(spec.instance.clone()).or_insert_with(|| {
+                    *next += 1;
+                    let address = Ipv4Addr::from_bits(0x6440_0000 + *next);
+                    CellSeen {
+                        instance: spec.instance.clone(),
+                        address,
+                        life: Life::Ready,
+                        memory_mib: spec.memory_mib,
+                        resumed_in: None,
+                        trouble: None,
+                    }
+                });
+            }
+            Step::Resume { instance } => {
+                if let Some(c) = m.cells.get_mut(instance) {
+                    assert_eq!(
+                        m.images.get(&instance.service.to_string()),
+                        Some(&IMAGE.0),
+                        "resumed from half an image"
+                    );
+                    c.life = Life::Healthy;
+                    self.ever_healthy.insert(c.address);
+                }
+            }
+            Step::Suspend { instance } => {
+                if let Some(c) = m.cells.get_mut(instance) {
+                    assert!(!in_rotation.contains(&c.address), "{instance} was suspended in rotation");
+                    c.life = Life::Ready;
+                }
+            }
+            Step::Release { instance } => {
+                if let Some(c) = m.cells.get(instance) {
+                    assert!(matches!(c.life, Life::Ready | Life::Building), "{instance} was released while it ran");
+                }
+                m.cells.remove(instance);
+            }
+        }
+    }
+
+    /// Runs until no step was sent for twenty seconds, at most two minutes.
+    pub fn settle(&mut self) {
+        let (mut sent, mut quiet) = (self.steps_sent, 0);
+        for _ in 0..1200 {
+            self.tick();
+            quiet = if self.steps_sent == sent && self.pending.is_empty() { quiet + 1 } else { 0 };
+            sent = self.steps_sent;
+            if quiet == 200 {
+                return;
+            }
+        }
+    }
+
+    pub fn serving(&self, name: &str) -> usize {
+        let service: ServiceId = name.parse().unwrap();
+        self.inventory
+            .iter()
+            .flat_map(|i| &i.instances)
+            .filter(|i| i.id.service == service && i.state == InstanceState::Serving)
+            .count()
+    }
+
+    pub fn slots(&self, name: &str) -> usize {
+        let service: ServiceId = name.parse().unwrap();
+        self.edge.services.get(&service).map_or(0, |s| s.slots.len())
+    }
+
+    pub fn cells(&self) -> usize {
+        self.machines.values().map(|m| m.cells.len()).sum()
+    }
+}
