@@ -2,7 +2,7 @@
 //!
 //! The same file section serves the CPA, the lab and the replay.
 
-use crate::{MicroUsd, Mbit, NetworkId, RegionId, ServiceId, SiteId, Span};
+use crate::{Mbit, MicroUsd, NetworkId, RegionId, ServiceId, SiteId, Span};
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -191,7 +191,13 @@ impl Fleet {
             return Err(BadFleet::None("region"));
         }
         if self.services.len() > SERVICES_MAX {
-            return Err(BadFleet::Range { whose: "services".into(), problem: format!("{} are more than the {SERVICES_MAX} a network has public addresses for", self.services.len()) });
+            return Err(BadFleet::Range {
+                whose: "services".into(),
+                problem: format!(
+                    "{} are more than the {SERVICES_MAX} a network has public addresses for",
+                    self.services.len()
+                ),
+            });
         }
         let mut seen = BTreeSet::new();
         for site in self.sites() {
@@ -218,7 +224,10 @@ impl Fleet {
             if let Some(b) = &s.backend
                 && !self.origin.intranet.contains(&b.address)
             {
-                return range(&format!("back end {} at {} is outside the origin's intranet {}", b.name, b.address, self.origin.intranet));
+                return range(&format!(
+                    "back end {} at {} is outside the origin's intranet {}",
+                    b.name, b.address, self.origin.intranet
+                ));
             }
         }
         let places = std::iter::once((self.origin.name.to_string(), self.origin.lat, self.origin.lon))
@@ -231,10 +240,16 @@ impl Fleet {
         }
         for n in &self.networks {
             if n.machines == 0 {
-                return Err(BadFleet::Range { whose: format!("network {}", n.name), problem: "machines must be above 0".into() });
+                return Err(BadFleet::Range {
+                    whose: format!("network {}", n.name),
+                    problem: "machines must be above 0".into(),
+                });
             }
             if !n.tariff_percent.is_empty() && n.tariff_percent.len() != 24 {
-                return Err(BadFleet::Range { whose: format!("network {}", n.name), problem: format!("tariff_percent has {} hours, a day has 24", n.tariff_percent.len()) });
+                return Err(BadFleet::Range {
+                    whose: format!("network {}", n.name),
+                    problem: format!("tariff_percent has {} hours, a day has 24", n.tariff_percent.len()),
+                });
             }
         }
         let prefixes: Vec<Ipv4Net> = std::iter::once(self.origin.prefix)
@@ -261,7 +276,10 @@ impl Fleet {
                 return Err(BadFleet::Range { whose, problem: "both ends are the same site".into() });
             }
             if link.mbit == 0 || link.loss_ppm >= 1_000_000 {
-                return Err(BadFleet::Range { whose, problem: "mbit must be above 0 and loss_ppm below 1000000, else nothing arrives".into() });
+                return Err(BadFleet::Range {
+                    whose,
+                    problem: "mbit must be above 0 and loss_ppm below 1000000, else nothing arrives".into(),
+                });
             }
         }
         Ok(())
@@ -309,7 +327,10 @@ impl Fleet {
         let prefix = if *site == self.origin.name {
             self.origin.prefix
         } else {
-            self.networks.iter().find(|n| n.name.as_str() == site.as_str()).map(|n| n.prefix)
+            self.networks
+                .iter()
+                .find(|n| n.name.as_str() == site.as_str())
+                .map(|n| n.prefix)
                 .or_else(|| self.regions.iter().find(|r| r.name.as_str() == site.as_str()).map(|r| r.prefix))?
         };
         Some(host(prefix, 1))
@@ -320,12 +341,20 @@ impl Fleet {
     /// Without a stated link: 1 ms + 1.5 ms a 100 km of round trip (light in fibre needs 1.0; paths
     /// are about half again as long), 1000 Mbit/s, no loss.
     pub fn link(&self, a: &SiteId, b: &SiteId) -> Link {
-        if let Some(l) = self.links.iter().find(|l| l.between == [a.clone(), b.clone()] || l.between == [b.clone(), a.clone()]) {
+        if let Some(l) =
+            self.links.iter().find(|l| l.between == [a.clone(), b.clone()] || l.between == [b.clone(), a.clone()])
+        {
             return l.clone();
         }
         let place = |s: &SiteId| self.places().get(s).copied().unwrap_or((0.0, 0.0));
         let km = great_circle_km(place(a), place(b));
-        Link { between: [a.clone(), b.clone()], rtt_ms: 1 + (km * 0.015) as u32, mbit: 1000, loss_ppm: 0, queue_ms: default_queue_ms() }
+        Link {
+            between: [a.clone(), b.clone()],
+            rtt_ms: 1 + (km * 0.015) as u32,
+            mbit: 1000,
+            loss_ppm: 0,
+            queue_ms: default_queue_ms(),
+        }
     }
 
     fn places(&self) -> BTreeMap<SiteId, (f64, f64)> {

@@ -23,4 +23,4 @@ pub mod units;
 pub mod wire;
 
 pub use ids::{Digest, Generation, InstanceId, MachineId, NetworkId, RegionId, ServiceId, SiteId};
-pub use units::{Bytes, MicroUsd, Mbit, Span, Time};
+pub use units::{Bytes, Mbit, MicroUsd, Span, Time};

@@ -16,12 +16,16 @@ pub struct Recording {
     pub decisions: Vec<Decision>,
     /// Running instances per (service, network), whenever that changed.
     pub instances: Vec<InstancesAt>,
+    /// What was seen to happen besides, in order of `at`; may be empty.
+    #[serde(default)]
+    pub steps: Vec<StepAt>,
     /// Image bytes that crossed the WAN.
     pub bytes_moved: Bytes,
     /// Whether, at the end, each service ran at home alone and every other copy was dormant.
     pub returned_to_dormant: bool,
     /// Writes that were acknowledged, and of these the ones not found when read through another network.
     pub writes: u64,
+    /// See [`Recording::writes`].
     pub lost_writes: u64,
     /// Canary bytes found in the capture of the whole WAN.
     pub plaintext_bytes_on_wan: u64,
@@ -31,6 +35,7 @@ pub struct Recording {
     pub notes: Vec<String>,
 }
 
+/// One request of one client, and how it ended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Request {
     pub at: Time,
@@ -44,6 +49,17 @@ pub struct Request {
     pub failed: Option<String>,
 }
 
+/// Something that a daemon did, or that was done to it, for the timeline.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepAt {
+    pub at: Time,
+    /// One word: `announce`, `stage`, `resume`, `drain`, `suspend`, `kill`, `restart`.
+    pub verb: String,
+    /// What it was about, in a few words.
+    pub what: String,
+}
+
+/// How many instances of a service serve where, from a moment on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct InstancesAt {
     pub at: Time,

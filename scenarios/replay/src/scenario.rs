@@ -135,6 +135,10 @@ pub enum BadScenario {
 const LENGTH_MAX_S: u32 = 86_400;
 /// Highest rate of one line; the lab's clients are one process.
 const RATE_MAX: f64 = 10_000.0;
+/// Most machines of a network, as many as a VM agent takes.
+const MACHINES_MAX: u32 = 256;
+/// Most requests a scenario may be expected to make: a recording of them still fits 1 GiB.
+pub const REQUESTS_MAX: u64 = 5_000_000;
 
 impl Scenario {
     /// Reads and checks a scenario file.
@@ -158,32 +162,55 @@ impl Scenario {
         if s.length_s == 0 || s.length_s > LENGTH_MAX_S {
             return range(format!("length_s = {} must be 1 to {LENGTH_MAX_S}", s.length_s));
         }
-        let pairs = s.demand.iter().map(|d| (&d.service, &d.region, d.requests_per_s)).chain(s.crowds.iter().map(|c| (&c.service, &c.region, c.requests_per_s)));
+        let pairs = s
+            .demand
+            .iter()
+            .map(|d| (&d.service, &d.region, d.requests_per_s))
+            .chain(s.crowds.iter().map(|c| (&c.service, &c.region, c.requests_per_s)));
         for (service, region, rate) in pairs {
             if s.fleet.service(service).is_none() {
                 return range(format!("demand for service {service}, which does not exist"));
             }
             if s.fleet.region(region).is_none() {
                 let names = s.fleet.regions.iter().map(|r| r.name.as_str());
-                let hint = vmatrix_model::config::nearest(region.as_str(), names).map_or(String::new(), |n| format!("\n\nhint: did you mean {n:?}?"));
+                let hint = vmatrix_model::config::nearest(region.as_str(), names)
+                    .map_or(String::new(), |n| format!("\n\nhint: did you mean {n:?}?"));
                 return range(format!("demand from region {region}, which does not exist{hint}"));
             }
             if !(0.0..=RATE_MAX).contains(&rate) {
                 return range(format!("requests_per_s = {rate} must be 0 to {RATE_MAX}"));
             }
             if !s.traffic.iter().any(|t| t.service == *service) {
-                return range(format!("there is demand for {service} and no [[traffic]] that says what its requests are"));
+                return range(format!(
+                    "there is demand for {service} and no [[traffic]] that says what its requests are"
+                ));
             }
         }
-        if let Some(c) = s.crowds.iter().find(|c| c.end_s > s.length_s || c.onset_s + c.ramp_s >= c.end_s) {
-            return range(format!("crowd in {}: onset_s + ramp_s must lie before end_s, and end_s within length_s", c.region));
+        if let Some(n) = s.fleet.networks.iter().find(|n| n.machines > MACHINES_MAX) {
+            return range(format!(
+                "network {} has {} machines, at most {MACHINES_MAX} can be played",
+                n.name, n.machines
+            ));
+        }
+        if s.requests_at_most() > REQUESTS_MAX as f64 {
+            return range(format!("would make more than {REQUESTS_MAX} requests; lower length_s or requests_per_s"));
+        }
+        if let Some(c) = s.crowds.iter().find(|c| c.end_s > s.length_s || c.onset_s.saturating_add(c.ramp_s) >= c.end_s)
+        {
+            return range(format!(
+                "crowd in {}: onset_s + ramp_s must lie before end_s, and end_s within length_s",
+                c.region
+            ));
         }
         for t in &s.traffic {
             let Some(service) = s.fleet.service(&t.service) else {
                 return range(format!("traffic of service {}, which does not exist", t.service));
             };
             if !service.ports.contains(&t.port) {
-                return range(format!("traffic of {} goes to port {}, which the service does not declare", t.service, t.port));
+                return range(format!(
+                    "traffic of {} goes to port {}, which the service does not declare",
+                    t.service, t.port
+                ));
             }
             if t.get.is_empty() && t.write.is_none() {
                 return range(format!("traffic of {} asks for nothing: give get or write", t.service));
@@ -200,7 +227,9 @@ impl Scenario {
             }
             let needs_network = !matches!(f.kill, Daemon::Cpa | Daemon::Origin);
             if needs_network != f.network.is_some() {
-                return range("a fault of a vma, machine or edge names its network; one of the cpa or the origin does not".into());
+                return range(
+                    "a fault of a vma, machine or edge names its network; one of the cpa or the origin does not".into(),
+                );
             }
             if f.network.as_ref().is_some_and(|n| s.fleet.network(n).is_none()) {
                 return range("a fault names a network that does not exist".into());
@@ -209,9 +238,27 @@ impl Scenario {
         Ok(s)
     }
 
+    /// The number of requests to expect, from above: every line at its full rate for as long as it lasts.
+    fn requests_at_most(&self) -> f64 {
+        let steady: f64 = self.demand.iter().map(|d| d.requests_per_s).sum();
+        let crowds: f64 =
+            self.crowds.iter().map(|c| c.requests_per_s * f64::from(c.end_s.saturating_sub(c.onset_s))).sum();
+        steady * f64::from(self.length_s) + crowds
+    }
+
+    /// A rate that [`Scenario::rate`] never exceeds.
+    pub fn peak_rate(&self, service: &ServiceId, region: &RegionId) -> f64 {
+        let steady =
+            self.demand.iter().filter(|d| d.service == *service && d.region == *region).map(|d| d.requests_per_s);
+        let crowds =
+            self.crowds.iter().filter(|c| c.service == *service && c.region == *region).map(|c| c.requests_per_s);
+        steady.chain(crowds).sum()
+    }
+
     /// Requests a second that `region` makes of `service` at `second` (from the start).
     pub fn rate(&self, service: &ServiceId, region: &RegionId, second: f64) -> f64 {
-        let steady: f64 = self.demand.iter().filter(|d| d.service == *service && d.region == *region).map(|d| d.requests_per_s).sum();
+        let steady: f64 =
+            self.demand.iter().filter(|d| d.service == *service && d.region == *region).map(|d| d.requests_per_s).sum();
         let crowd: f64 = self
             .crowds
             .iter()

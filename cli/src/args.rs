@@ -1,0 +1,249 @@
+//! What may be typed.
+
+use clap::{Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// An edge network for dynamic content: suspended virtual machines that wake near their users.
+#[derive(Debug, Parser)]
+#[command(name = "vmatrix", version, arg_required_else_help = true)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Play a scenario on real VMs on this machine, with the live page and a report
+    Demo(Demo),
+    /// Play a scenario in virtual time, without privileges
+    Replay(Replay),
+    /// Bring the demo's world up and down, or play a scenario in it
+    #[command(subcommand)]
+    Lab(Lab),
+    /// Build, inspect and verify images of suspended VMs
+    #[command(subcommand)]
+    Image(Image),
+    /// Plan and apply: so many instances of a service at networks
+    Place(Place),
+    /// Show what an order would do, without doing it
+    Plan(Place),
+    /// Apply a plan made before
+    Apply(Apply),
+    /// Say why a service is where it is, and why not elsewhere
+    Explain(Explain),
+    /// Follow what the CPA sees and decides
+    Watch(Cpa),
+    /// Say what this machine lacks to host or to play
+    Doctor,
+    /// Run the content placement agent
+    Cpa(Daemon),
+    /// Run a network's VM agent
+    Vma(Daemon),
+    /// Run a machine that lends itself to a VM agent
+    Machine(Daemon),
+    /// Run a network's edge: DNS, NAT, firewall, demand
+    Edge(Daemon),
+    /// Run the origin: image store and tunnel gateway beside the database
+    Origin(Daemon),
+    /// Run one cell's tunnel (started by the machine)
+    #[command(hide = true)]
+    Tunnel(Tunnel),
+    /// Run the lab's WAN emulator (started by the lab)
+    #[command(hide = true)]
+    Wan(Daemon),
+}
+
+impl Command {
+    /// What is logged when `VMATRIX_LOG` says nothing: daemons tell what they do, verbs only what is wrong.
+    pub fn log_level(&self) -> &'static str {
+        match self {
+            Command::Cpa(_)
+            | Command::Vma(_)
+            | Command::Machine(_)
+            | Command::Edge(_)
+            | Command::Origin(_)
+            | Command::Tunnel(_)
+            | Command::Wan(_) => {
+                // hickory tells every query, boringtun every handshake.
+                "info,hickory_server=warn,boringtun=error"
+            }
+            _ => "warn",
+        }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Demo {
+    /// The scenario to play
+    #[arg(long, default_value = "scenarios/library/flash-crowd.toml")]
+    pub scenario: PathBuf,
+    #[command(flatten)]
+    pub store: Store,
+    /// Recipes of the images that the scenario's services name
+    #[arg(long, default_value = "scenarios/guests")]
+    pub recipes: PathBuf,
+    /// End when the story ends, instead of leaving the world up until Ctrl-C
+    #[arg(long)]
+    pub headless: bool,
+    /// Print the report as one JSON object on the last line
+    #[arg(long)]
+    pub json: bool,
+    /// Write the report with its charts to this file
+    #[arg(long)]
+    pub html: Option<PathBuf>,
+    /// Port of the live page on 127.0.0.1; the next free one if it is taken
+    #[arg(long, default_value_t = 8440)]
+    pub port: u16,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Store {
+    /// Where built images are kept
+    #[arg(long, env = "VMATRIX_STORE")]
+    pub store: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Replay {
+    /// The scenario to play
+    pub file: PathBuf,
+    /// Instead of the scenario's own seed
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Print what happened, line by line
+    #[arg(long)]
+    pub timeline: bool,
+    /// Write the report with its charts to this file
+    #[arg(long)]
+    pub html: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Lab {
+    /// Bring the world of a scenario up and leave it running
+    Up {
+        /// Its fleet is what comes up
+        #[arg(default_value = "scenarios/library/flash-crowd.toml")]
+        scenario: PathBuf,
+        #[command(flatten)]
+        store: Store,
+        /// Port of the live page on 127.0.0.1
+        #[arg(long, default_value_t = 8440)]
+        port: u16,
+    },
+    /// Take labs on this machine down, crashed ones too
+    Down {
+        /// As `vmatrix lab status` shows it; all labs without it
+        id: Option<String>,
+    },
+    /// Show the labs on this machine
+    Status,
+    /// Play a scenario from start to end
+    Play(Demo),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// Build an image from a recipe, unless it is there already
+    Build {
+        recipe: PathBuf,
+        #[command(flatten)]
+        store: Store,
+        /// Build even if the store has it
+        #[arg(long)]
+        again: bool,
+    },
+    /// Show what an image is
+    Inspect {
+        name: String,
+        #[command(flatten)]
+        store: Store,
+        #[arg(short, long, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
+    /// Check an image's signature and every one of its chunks
+    Verify {
+        name: String,
+        #[command(flatten)]
+        store: Store,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    Table,
+    Json,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Cpa {
+    /// Where the CPA is
+    #[arg(long, env = "VMATRIX_CPA", default_value = "http://127.0.0.1:8440")]
+    pub cpa: String,
+    /// File that holds the fleet token; without it, that of the lab that is up
+    #[arg(long, env = "VMATRIX_TOKEN_FILE")]
+    pub token_file: Option<PathBuf>,
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Place {
+    pub service: String,
+    /// Instances at a network, for instance --at tokyo=1 --at ashburn=0; networks not named keep theirs
+    #[arg(long = "at", required = true, value_name = "NETWORK=N")]
+    pub at: Vec<String>,
+    /// With `plan`: exit with 3 if there is anything to do
+    #[arg(long)]
+    pub exit_code: bool,
+    #[command(flatten)]
+    pub cpa: Cpa,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Apply {
+    /// The plan's number, as `vmatrix plan` printed it
+    pub plan: u64,
+    #[command(flatten)]
+    pub cpa: Cpa,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Explain {
+    pub service: String,
+    #[command(flatten)]
+    pub cpa: Cpa,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Daemon {
+    /// Its TOML file; docs/api.md lists the keys
+    #[arg(long)]
+    pub config: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Tunnel {
+    /// The cell's network namespace
+    #[arg(long)]
+    pub netns: PathBuf,
+    #[arg(long)]
+    pub network: String,
+    /// The instance's name
+    #[arg(long)]
+    pub cell: String,
+    /// URL of the origin
+    #[arg(long)]
+    pub origin: String,
+    #[arg(long)]
+    pub token_file: PathBuf,
+    /// TUN device to make inside the cell
+    #[arg(long)]
+    pub device: String,
+    /// File that says whether the tunnel is up
+    #[arg(long)]
+    pub status: PathBuf,
+}

@@ -1,0 +1,29 @@
+//! The daemons: each runs until it is told to stop.
+
+use super::block_on;
+use crate::args::Command;
+use anyhow::{Context, Result};
+use std::process::ExitCode;
+
+pub fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Cpa(d) => block_on(vmatrix_cpa_agent::run(&d.config)).context("cpa ended")?,
+        Command::Vma(d) => block_on(vmatrix_vma_agent::run(&d.config)).context("vma ended")?,
+        Command::Machine(d) => block_on(vmatrix_vma_agent::machine::run(&d.config)).context("machine ended")?,
+        Command::Edge(d) => block_on(vmatrix_edge_agent::run(&d.config)).context("edge ended")?,
+        Command::Origin(d) => block_on(vmatrix_edge_agent::origin::run(&d.config)).context("origin ended")?,
+        Command::Tunnel(t) => block_on(vmatrix_edge_agent::tunnel::run(vmatrix_edge_agent::tunnel::TunnelArgs {
+            netns: t.netns,
+            network: t.network.parse()?,
+            cell: t.cell,
+            origin: t.origin,
+            token_file: t.token_file,
+            device: t.device,
+            status: t.status,
+        }))
+        .context("tunnel ended")?,
+        Command::Wan(d) => vmatrix_lab::wan::run(&d.config).context("wan ended")?,
+        _ => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,128 @@
+//! The main job on real parts: what the demo must show, that the replay agrees, that kills do not matter.
+//!
+//! These need root, QEMU, PostgreSQL and a few minutes; they fail, and say why, where something is missing.
+
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::process::Command;
+
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
+/// Runs the demo on a scenario and gives its last line.
+fn demo(scenario: &str) -> Value {
+    let out = Command::new(env!("CARGO_BIN_EXE_vmatrix"))
+        .args(["demo", "--headless", "--json", "--scenario", scenario])
+        .current_dir(ROOT)
+        .output()
+        .expect("vmatrix starts");
+    let (stdout, stderr) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    let last = stdout.lines().last().unwrap_or_else(|| panic!("the demo printed nothing; it said:\n{stderr}"));
+    let report = serde_json::from_str(last).unwrap_or_else(|e| panic!("last line is not JSON ({e}): {last}\n{stderr}"));
+    assert!(out.status.success(), "the demo ended with {}: {last}\n{stderr}", out.status);
+    report
+}
+
+fn replay(scenario: &str) -> (Value, Vec<u8>) {
+    let run = || {
+        Command::new(env!("CARGO_BIN_EXE_vmatrix"))
+            .args(["replay", "--json", scenario])
+            .current_dir(ROOT)
+            .output()
+            .expect("vmatrix starts")
+            .stdout
+    };
+    let (first, second) = (run(), run());
+    assert_eq!(first, second, "two replays of {scenario} differ");
+    let last = String::from_utf8_lossy(&first).lines().last().expect("the replay prints a report").to_owned();
+    (serde_json::from_str(&last).expect("JSON"), first)
+}
+
+/// Everything a lab may leave behind, read by other means than the lab's own.
+fn left_behind() -> BTreeSet<String> {
+    let words = |program: &str, args: &[&str]| -> Vec<String> {
+        let out = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+        String::from_utf8_lossy(&out.stdout).lines().map(|l| format!("{program}: {}", l.trim())).collect()
+    };
+    let mut seen = BTreeSet::new();
+    seen.extend(words("ip", &["netns", "list"]));
+    seen.extend(
+        words("ip", &["-o", "link", "show"]).into_iter().map(|l| l.split(':').take(3).collect::<Vec<_>>().join(":")),
+    );
+    seen.extend(words("nft", &["list", "tables"]));
+    seen.extend(
+        words("ps", &["-eo", "args"])
+            .into_iter()
+            .filter(|l| ["qemu-system", " wan ", " tunnel ", "postgres", " --config "].iter().any(|w| l.contains(w))),
+    );
+    seen.extend(std::fs::read_to_string("/proc/mounts").unwrap_or_default().lines().map(str::to_owned));
+    for dir in [std::env::temp_dir(), "/dev/shm".into()] {
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            seen.insert(entry.path().display().to_string());
+        }
+    }
+    seen
+}
+
+fn number(v: &Value, path: &str) -> f64 {
+    v.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("{path} is not a number in {v}"))
+}
+
+/// Networks that moves woke, in order.
+fn woken(report: &Value) -> Vec<(String, String)> {
+    let moves = report["moves"].as_array().expect("moves");
+    moves
+        .iter()
+        .filter(|m| m["cause"] != "start" && m["action"].as_str().is_some_and(|a| a.starts_with("resume")))
+        .map(|m| {
+            (m["service"].as_str().unwrap_or_default().to_owned(), m["network"].as_str().unwrap_or_default().to_owned())
+        })
+        .collect()
+}
+
+#[test]
+fn machine_a_flash_crowd_pulls_an_unmodified_vm_to_its_users() {
+    const SCENARIO: &str = "scenarios/library/flash-crowd.toml";
+    let before = left_behind();
+    let began = std::time::Instant::now();
+    let r = demo(SCENARIO);
+    assert!(began.elapsed().as_secs() < 8 * 60, "took {} s", began.elapsed().as_secs());
+    let new: Vec<String> = left_behind().difference(&before).cloned().collect();
+    assert!(new.is_empty(), "left behind: {new:?}");
+
+    assert!(number(&r, "/requests") > 100.0);
+    assert_eq!(number(&r, "/failed_requests"), 0.0);
+    assert!(number(&r, "/relocations") >= 1.0);
+    assert_eq!(r["returned_to_dormant"], true);
+    assert_eq!(r["crowd"]["region"], "seoul");
+    assert!(woken(&r).contains(&("maps".into(), "tokyo".into())), "{r}");
+    assert!(number(&r, "/crowd/p95_before_ms") >= 2.0 * number(&r, "/crowd/p95_after_ms"), "{r}");
+    assert!(number(&r, "/crowd/onset_to_objective_s") <= 30.0, "{r}");
+    assert!(number(&r, "/crowd/decision_to_first_byte_s") <= 5.0, "{r}");
+    assert!(number(&r, "/two_tier/writes") > 0.0);
+    assert_eq!(number(&r, "/two_tier/lost_writes"), 0.0);
+    assert_eq!(number(&r, "/two_tier/plaintext_bytes_on_wan"), 0.0);
+    assert!(!r["explain"].as_array().expect("explain").is_empty());
+
+    let began = std::time::Instant::now();
+    let (v, _) = replay(SCENARIO);
+    assert!(began.elapsed().as_secs_f64() < 4.0, "two replays took {:.1} s", began.elapsed().as_secs_f64());
+    assert_eq!(woken(&r), woken(&v), "lab and replay chose otherwise");
+    for path in ["/crowd/decision_to_first_byte_s", "/crowd/p95_before_ms", "/crowd/p95_after_ms"] {
+        let (lab, replayed) = (number(&r, path), number(&v, path));
+        assert!((lab - replayed).abs() <= 0.25 * lab, "{path}: lab {lab}, replay {replayed}");
+    }
+}
+
+#[test]
+fn machine_the_story_ends_well_though_daemons_are_killed() {
+    let before = left_behind();
+    let r = demo("scenarios/library/daemons-die.toml");
+    let new: Vec<String> = left_behind().difference(&before).cloned().collect();
+    assert!(new.is_empty(), "left behind: {new:?}");
+    // Another region's crowd pulls the service elsewhere.
+    assert_eq!(r["crowd"]["region"], "berlin");
+    assert!(woken(&r).contains(&("maps".into(), "dublin".into())), "{r}");
+    assert_eq!(number(&r, "/failed_requests"), 0.0);
+    assert_eq!(r["returned_to_dormant"], true);
+    assert_eq!(number(&r, "/two_tier/lost_writes"), 0.0);
+}

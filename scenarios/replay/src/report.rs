@@ -1,1 +1,0 @@
-//! Sums a recording up.

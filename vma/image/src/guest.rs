@@ -1,0 +1,96 @@
+//! Talking to the program inside the guest: one JSON line there, one back.
+
+use crate::error::{Error, Result};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+/// A resumed guest answers in some 50 ms under TCG, seconds on a busy machine.
+const AWAKEN_LIMIT: Duration = Duration::from_secs(10);
+/// What a guest's clock may be behind: what an ordinary NTP client over the Internet reaches.
+const CLOCK_APART: Duration = Duration::from_millis(20);
+/// A warm exchange takes some 5 ms; more tries than these would only wait on a machine that is too busy.
+const EXCHANGES: u32 = 6;
+/// Compacting memory takes a while.
+const TRIM_LIMIT: Duration = Duration::from_secs(60);
+/// Longest answer.
+const LINE_MAX: u64 = 4096;
+/// Random bytes given to a guest: as many as its kernel's pool is wide, twice.
+const SEED_BYTES: usize = 64;
+
+/// What a guest said when it woke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Awake {
+    /// The guest's clock after the step, microseconds since the epoch.
+    pub clock_unix_us: u64,
+    /// This machine's clock when the answer came.
+    pub host_unix_us: u64,
+}
+
+/// Gives a resumed guest fresh random bytes and the time. To be done before it gets traffic: clones of
+/// one image would otherwise draw the same "random" numbers, at the time of the suspend.
+///
+/// The first exchange finds a cold guest (150 ms under TCG) and leaves its clock behind by as much, so it
+/// is repeated until the clocks are [`CLOCK_APART`] apart at most, or [`EXCHANGES`] were made.
+///
+/// # Errors
+/// The guest does not answer, or says what failed.
+pub async fn awaken(socket: &Path) -> Result<Awake> {
+    let mut awake = exchange(socket).await?;
+    for _ in 1..EXCHANGES {
+        if Duration::from_micros(awake.host_unix_us.abs_diff(awake.clock_unix_us)) <= CLOCK_APART {
+            break;
+        }
+        awake = exchange(socket).await?;
+    }
+    Ok(awake)
+}
+
+async fn exchange(socket: &Path) -> Result<Awake> {
+    let mut seed = [0; SEED_BYTES];
+    getrandom::fill(&mut seed).map_err(|e| Error::Guest(format!("this machine has no random bytes: {e}")))?;
+    let line = json!({ "reseed": STANDARD.encode(seed), "clock_unix_us": unix_us() });
+    let answer = ask(socket, &line, AWAKEN_LIMIT).await?;
+    let clock_unix_us = answer
+        .get("clock_unix_us")
+        .and_then(Value::as_u64)
+        .ok_or_else(|| Error::Guest(format!("answered without its clock: {answer}")))?;
+    Ok(Awake { clock_unix_us, host_unix_us: unix_us() })
+}
+
+/// Has the guest give free memory and page cache back before it is suspended.
+///
+/// # Errors
+/// The guest does not answer, or says what failed.
+pub async fn trim(socket: &Path) -> Result<()> {
+    ask(socket, &json!({ "trim": true }), TRIM_LIMIT).await.map(drop)
+}
+
+async fn ask(socket: &Path, line: &Value, limit: Duration) -> Result<Value> {
+    let exchange = async {
+        let mut stream = UnixStream::connect(socket).await?;
+        stream.write_all(format!("{line}\n").as_bytes()).await?;
+        let mut text = Vec::new();
+        BufReader::new(stream).take(LINE_MAX).read_until(b'\n', &mut text).await?;
+        Ok::<_, std::io::Error>(text)
+    };
+    let text = timeout(limit, exchange)
+        .await
+        .map_err(|_| Error::Timeout { what: "the guest agent's answer".into(), after: limit })?
+        .map_err(|e| Error::Guest(format!("{}: {e}", socket.display())))?;
+    let answer: Value = serde_json::from_slice(&text)
+        .map_err(|e| Error::Guest(format!("answered no JSON ({e}): {}", String::from_utf8_lossy(&text))))?;
+    match answer.get("ok").and_then(Value::as_bool) {
+        Some(true) => Ok(answer),
+        _ => Err(Error::Guest(answer.get("error").and_then(Value::as_str).unwrap_or("refused").to_owned())),
+    }
+}
+
+fn unix_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,142 @@
+//! Two clones of one real image: built, verified, staged, resumed side by side with the same address.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should say where")]
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use vmatrix_model::manifest::{Manifest, PartKind};
+use vmatrix_vma_image::machine::{self, Files, Run, Start};
+use vmatrix_vma_image::qmp::Qmp;
+use vmatrix_vma_image::{Store, build, chunks, guest, health, netns, sign};
+
+/// A namespace with a bridge, gone with the test.
+struct Cell(String);
+
+impl Cell {
+    fn new(name: &str, gateway: Ipv4Addr) -> Cell {
+        let name = format!("vmx-test-{}-{name}", std::process::id());
+        netns::ip_batch(None, &[format!("netns add {name}")]).expect("needs root and iproute2");
+        let cell = Cell(name);
+        let lines =
+            ["link add br0 type bridge".into(), format!("address add {gateway}/24 dev br0"), "link set br0 up".into()];
+        netns::ip_batch(Some(&cell.0), &lines).unwrap();
+        cell
+    }
+    fn path(&self) -> PathBuf {
+        netns::path(&self.0)
+    }
+}
+impl Drop for Cell {
+    fn drop(&mut self) {
+        let _ = netns::ip_batch(None, &[format!("netns del {}", self.0)]);
+    }
+}
+
+struct Process(Child);
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn stage(manifest: &Manifest, store: &Store, dir: &Path) -> Files {
+    let files = Files::within(dir);
+    for (kind, path) in [
+        (PartKind::Memory, &files.memory),
+        (PartKind::Device, &files.device),
+        (PartKind::Disk, &files.disk),
+        (PartKind::Kernel, &files.kernel),
+        (PartKind::Initrd, &files.initrd),
+    ] {
+        chunks::assemble(manifest.part(kind).unwrap(), store, path).unwrap();
+    }
+    files
+}
+
+fn get(cell: &Cell, address: Ipv4Addr, path: &str) -> String {
+    netns::enter(&cell.path(), || {
+        let mut stream = TcpStream::connect((address, 80)).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text.rsplit("\r\n\r\n").next().unwrap().to_owned()
+    })
+    .unwrap()
+}
+
+async fn resume(manifest: &Manifest, files: &Files, cell: &Cell, dir: &Path, name: &str) -> (Process, PathBuf) {
+    let tap = netns::open_tap(&cell.path(), "tap0").expect("needs /dev/net/tun");
+    netns::ip_batch(Some(&cell.0), &["link set tap0 master br0 up".into()]).unwrap();
+    let run = Run {
+        name: name.into(),
+        qmp: dir.join(format!("{name}.qmp")),
+        guest_agent: dir.join(format!("{name}.agent")),
+        tap_fd: tap.as_raw_fd(),
+        console: None,
+        start: Start::Clone,
+    };
+    let process = Process(machine::command(&machine::arguments(manifest, files, &run), &tap).spawn().unwrap());
+    let mut qmp = Qmp::connect(&run.qmp).await.unwrap();
+    let began = Instant::now();
+    qmp.load_state(&files.device).await.unwrap();
+    qmp.cont().await.unwrap();
+    eprintln!("{name}: loaded in {:?}", began.elapsed());
+    (process, run.guest_agent)
+}
+
+#[tokio::test]
+async fn machine_two_clones_of_one_image_draw_different_numbers_at_the_right_time() {
+    let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scenarios/guests/tiny.toml");
+    let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("store");
+    let first = build::build(&recipe, &kept, &build::Options::default()).await.unwrap();
+    let again = build::build(&recipe, &kept, &build::Options::default()).await.unwrap();
+    assert!(again.cached && again.digest == first.digest, "the same recipe was built twice");
+    assert!(again.took < Duration::from_secs(1), "finding the image took {:?}", again.took);
+
+    let store = Store::open(&kept).unwrap();
+    let signed = store.image("tiny").unwrap().unwrap();
+    let (manifest, digest) = sign::verify(&signed, &[sign::builder_public(&store).unwrap()]).unwrap();
+    assert_eq!(digest, first.digest);
+    machine::check_host(&manifest, &machine::host().unwrap()).unwrap();
+
+    let dir = tempfile::Builder::new().prefix("vmx").tempdir().unwrap();
+    let files = stage(&manifest, &store, dir.path());
+    let address = manifest.guest.address;
+    let (one, two) = (Cell::new("one", manifest.guest.gateway), Cell::new("two", manifest.guest.gateway));
+    let mut numbers = Vec::new();
+    for (cell, name) in [(&one, "one"), (&two, "two")] {
+        let (process, agent) = resume(&manifest, &files, cell, dir.path(), name).await;
+        let awake = guest::awaken(&agent).await.unwrap();
+        let apart = awake.host_unix_us.abs_diff(awake.clock_unix_us);
+        assert!(apart < 50_000, "the clock of {name} is {apart} µs off");
+        let took = health::ask(&cell.path(), address, &manifest.guest.health, Duration::from_secs(20)).await.unwrap();
+        eprintln!("{name}: first answer in {took:?}, clock {apart} µs off");
+        let text = get(cell, address, "/cgi-bin/random");
+        let (random, time) = text.trim().split_once('\n').expect("the CGI answers two lines");
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        assert!(now.abs_diff(time.trim().parse().unwrap()) <= 2, "{name} says {time}, it is {now}");
+        assert_eq!(random.len(), 32);
+        numbers.push((random.to_owned(), process));
+    }
+    assert_ne!(numbers[0].0, numbers[1].0, "two clones drew the same random bytes");
+}
+
+#[tokio::test]
+async fn machine_a_package_that_does_not_exist_is_named_and_nothing_is_left_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = dir.path().join("r.toml");
+    let text = "name = \"r\"\nabout = \"x\"\npackages = [\"no-such-package-vmx\"]\nmemory_mib = 128\nports = [80]\n\
+                start = [\"true\"]\n[health]\nport = 80\npath = \"/\"\nstatus = 200\n";
+    std::fs::write(&recipe, text).unwrap();
+    let store = dir.path().join("store");
+    let error = build::build(&recipe, &store, &build::Options::default()).await.unwrap_err().to_string();
+    assert!(error.contains("no-such-package-vmx") && error.contains("apt-cache search"), "{error}");
+    let names: Vec<_> = std::fs::read_dir(&store).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(!names.iter().any(|n| n.to_string_lossy().contains("build")), "{names:?}");
+    assert!(Store::open(&store).unwrap().names().unwrap().is_empty());
+}
