@@ -1,5 +1,8 @@
 //! Bad input gets one clear error: what, where, what to do next, and a documented exit code.
 
+// Helpers of tests fail as loudly as tests.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::path::Path;
 use std::process::{Command, Output};
 

@@ -11,7 +11,8 @@
 //! | onset | when the scenario's first crowd begins |
 //! | decision | the time of the first plan with the cause `burst` for the crowd's service, from the onset on |
 //! | first byte | when the first request of the crowd's region was answered by a network that the decision added |
-//! | objective reached | the earliest time from the onset on after which every 10 s until the crowd's end have a 95th percentile within the objective; a failed request counts as slow |
+//! | serving | when the CPA saw the decision's newcomers serve |
+//! | objective reached | the earliest time from the onset on after which, until the crowd's end, the last 10 s always have a 95th percentile within the objective; a failed request counts as slow |
 //! | p95 before | of the crowd's region, for requests begun from the onset to the first byte |
 //! | p95 after | of the crowd's region, for requests begun from the objective's being reached to the crowd's end |
 //! | relocation | a network that began to serve a service by a decision other than the first placement |
@@ -65,6 +66,9 @@ pub struct CrowdReport {
     pub service: ServiceId,
     pub region: RegionId,
     pub onset_to_decision_s: Option<f64>,
+    /// Until the newcomer was seen serving.
+    pub decision_to_serving_s: Option<f64>,
+    /// Until a client had its answer; old DNS answers have to run out in between.
     pub decision_to_first_byte_s: Option<f64>,
     pub onset_to_objective_s: Option<f64>,
     pub p95_before_ms: Option<u64>,
