@@ -59,7 +59,7 @@ function decisions(t0, t, round) {
   });
   const g = round * 8;
   const all = [
-    make(1, T.burst, { kind: 'burst', service: 'maps', region: 'seoul', requests_per_s: 41, usual_per_s: 2 },
+    make(1, T.burst, { kind: 'burst', service: 'maps', region: 'seoul', requests_per_100s: 4100, usual_per_100s: 200 },
       [{ service: 'maps', network: 'tokyo', action: { kind: 'resume', instances: 1 }, bytes: 0, time: 3.4 * S, before: price(18_420_000, 60000, 214_000), after: price(4_950_000, 140000, 391_000), reason: 'Seoul asks 41 requests/s; from Tokyo an answer takes 100 ms instead of 290 ms, and the image is already there.' }],
       [{ service: 'maps', network: 'dublin', reason: 'Seoul would wait 255 ms from there: saves $1.90 an hour, Tokyo saves $13.21.' }, { service: 'maps', network: 'ashburn', reason: 'a second instance there would not shorten the way: no saving, $0.060 an hour more.' }],
       placement(g + 2, { ...HOME, tokyo: on(1) }, { ashburn: on(1), tokyo: 'dormant' }), T.serves, T.clamped),

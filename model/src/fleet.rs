@@ -113,6 +113,9 @@ pub struct Service {
     pub objective_ms: u32,
     /// What one second less of response time is worth, per request.
     pub latency_second_microusd: MicroUsd,
+    /// Host number of its public address in every network's prefix, 2 to 254. Stated, so that a service that
+    /// comes or goes does not renumber the others.
+    pub vip_host: u32,
     /// Public TCP ports; nothing else answers.
     pub ports: Vec<u16>,
     /// Memory of one instance, MiB (SODA's resource unit).
@@ -173,10 +176,12 @@ pub enum BadFleet {
     None(&'static str),
 }
 
-/// First host number of a service's public address within a network's prefix.
-const VIP_FIRST: u32 = 100;
-/// Most services: their VIPs must fit between `.100` and `.254`.
-pub const SERVICES_MAX: usize = 150;
+/// Host numbers a service's public address may have: after the gateway, before the broadcast address of a /24.
+const VIP_HOSTS: std::ops::RangeInclusive<u32> = 2..=254;
+/// Longest time to live of an answer: a day. Above it no move would ever be seen.
+const TTL_MAX_S: u32 = 86_400;
+/// Longest round trip and queue, milliseconds: to the moon and back is 2,600.
+const DELAY_MAX_MS: u32 = 10_000;
 
 impl Fleet {
     /// Checks what types cannot say: that names exist once, prefixes do not overlap, numbers are possible.
@@ -190,13 +195,17 @@ impl Fleet {
         if self.regions.is_empty() {
             return Err(BadFleet::None("region"));
         }
-        if self.services.len() > SERVICES_MAX {
+        let name = |label: &str| label.parse::<SiteId>().is_ok();
+        if self.zone.len() > 200 || !self.zone.split('.').all(name) {
             return Err(BadFleet::Range {
-                whose: "services".into(),
-                problem: format!(
-                    "{} are more than the {SERVICES_MAX} a network has public addresses for",
-                    self.services.len()
-                ),
+                whose: "zone".into(),
+                problem: format!("{:?} is not a domain name such as \"vmatrix.test\"", self.zone),
+            });
+        }
+        if self.ttl_s == 0 || self.ttl_s > TTL_MAX_S {
+            return Err(BadFleet::Range {
+                whose: "ttl_s".into(),
+                problem: format!("{} must be 1 to {TTL_MAX_S} seconds", self.ttl_s),
             });
         }
         let mut seen = BTreeSet::new();
@@ -205,7 +214,7 @@ impl Fleet {
                 return Err(BadFleet::Twice { what: "site", name: site.to_string() });
             }
         }
-        let mut services = BTreeSet::new();
+        let (mut services, mut vip_hosts) = (BTreeSet::new(), BTreeMap::new());
         for s in &self.services {
             if !services.insert(&s.name) {
                 return Err(BadFleet::Twice { what: "service", name: s.name.to_string() });
@@ -215,6 +224,15 @@ impl Fleet {
                 return Err(self.unknown(whose, "network", s.home.as_str()));
             }
             let range = |problem: &str| Err(BadFleet::Range { whose: whose.clone(), problem: problem.into() });
+            if !name(&s.image) {
+                return range(&format!("image {:?} is not the name of a recipe", s.image));
+            }
+            if !VIP_HOSTS.contains(&s.vip_host) {
+                return range(&format!("vip_host = {} must be 2 to 254", s.vip_host));
+            }
+            if let Some(other) = vip_hosts.insert(s.vip_host, &s.name) {
+                return range(&format!("vip_host = {} is that of service {other} already", s.vip_host));
+            }
             if s.ports.is_empty() || s.ports.contains(&0) {
                 return range("ports must hold at least one port, and none may be 0");
             }
@@ -275,6 +293,12 @@ impl Fleet {
             if link.between[0] == link.between[1] {
                 return Err(BadFleet::Range { whose, problem: "both ends are the same site".into() });
             }
+            if link.rtt_ms > DELAY_MAX_MS || link.queue_ms > DELAY_MAX_MS {
+                return Err(BadFleet::Range {
+                    whose,
+                    problem: format!("rtt_ms and queue_ms must be at most {DELAY_MAX_MS}"),
+                });
+            }
             if link.mbit == 0 || link.loss_ppm >= 1_000_000 {
                 return Err(BadFleet::Range {
                     whose,
@@ -318,8 +342,7 @@ impl Fleet {
 
     /// The public address of `service` in `network`.
     pub fn vip(&self, service: &ServiceId, network: &NetworkId) -> Option<Ipv4Addr> {
-        let number = self.services.iter().position(|s| s.name == *service)? as u32;
-        Some(host(self.network(network)?.prefix, VIP_FIRST + number))
+        Some(host(self.network(network)?.prefix, self.service(service)?.vip_host))
     }
 
     /// The gateway address of a site: the first host of its prefix.

@@ -100,9 +100,9 @@ impl fmt::Display for InstanceId {
 pub struct Generation(pub u64);
 
 impl Generation {
-    /// The next number.
+    /// The next number; the last one stays the last.
     pub fn next(self) -> Generation {
-        Generation(self.0 + 1)
+        Generation(self.0.saturating_add(1))
     }
 }
 impl fmt::Display for Generation {

@@ -28,7 +28,13 @@ pub enum Cause {
     /// The first placement, every service at home and asleep elsewhere.
     Start,
     /// A region asks for much more than it did.
-    Burst { service: ServiceId, region: RegionId, requests_per_s: u32, usual_per_s: u32 },
+    Burst {
+        service: ServiceId,
+        region: RegionId,
+        /// Requests in a hundred seconds, now and usually: rates with two decimals and no float.
+        requests_per_100s: u64,
+        usual_per_100s: u64,
+    },
     /// The ordinary round.
     Epoch,
     /// An operator's order.

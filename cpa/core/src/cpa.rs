@@ -211,12 +211,11 @@ impl Cpa {
         }
         let plan = match self.greatest_crowd(name) {
             Some((region, crowd)) => {
-                let whole = |rate: u64| u32::try_from(rate.div_ceil(1000)).unwrap_or(u32::MAX);
                 let cause = Cause::Burst {
                     service: name.clone(),
                     region,
-                    requests_per_s: whole(crowd.level),
-                    usual_per_s: whole(crowd.usual),
+                    requests_per_100s: crowd.level / 10,
+                    usual_per_100s: crowd.usual / 10,
                 };
                 self.crowd(now, service, cause)
             }

@@ -62,7 +62,7 @@ export function action({ kind, instances }) {
 export function cause(c) {
   switch (c.kind) {
     case 'start': return 'First placement';
-    case 'burst': return `Crowd in ${c.region}: ${c.service} ${c.requests_per_s}/s, usually ${c.usual_per_s}/s`;
+    case 'burst': return `Crowd in ${c.region}: ${c.service} ${rate(c.requests_per_100s)}/s, usually ${rate(c.usual_per_100s)}/s`;
     case 'epoch': return 'Ordinary round';
     case 'order': return 'Operator’s order';
     case 'loss': return `${c.network} lost instances`;

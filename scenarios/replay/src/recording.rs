@@ -27,12 +27,32 @@ pub struct Recording {
     pub writes: u64,
     /// See [`Recording::writes`].
     pub lost_writes: u64,
+    /// Reads that found a write through another network than it was written through.
+    #[serde(default)]
+    pub read_across: u64,
     /// Canary bytes found in the capture of the whole WAN.
     pub plaintext_bytes_on_wan: u64,
+    /// Times the capture held the control, which is sent unencrypted: 0 would mean a blind capture.
+    #[serde(default)]
+    pub control_seen: u64,
+    /// Undeclared ports that were knocked at before the play.
+    #[serde(default)]
+    pub ports: Ports,
     /// Why, in sentences.
     pub explain: Vec<String>,
     /// Anything else that a reader must know (a fault that was injected, a check that could not run).
     pub notes: Vec<String>,
+}
+
+/// Ports that nothing declares, so that none may answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Ports {
+    /// Public and gateway addresses, knocked at from a client region.
+    pub tried_from_wan: u64,
+    /// A neighbour's addresses, knocked at from inside a cell of the same machine.
+    pub tried_from_cells: u64,
+    /// Those that did answer.
+    pub answered: u64,
 }
 
 /// One request of one client, and how it ended.

@@ -52,6 +52,16 @@ fn an_impossible_topology_is_refused() {
 }
 
 #[test]
+fn a_fleet_that_could_not_serve_is_refused() {
+    says(&error("zone = \"vmatrix.test\"", "zone = \"not a zone\""), &["zone", "not a zone"]);
+    says(&error("ttl_s = 2", "ttl_s = 0"), &["ttl_s", "must be 1 to"]);
+    says(&error("rtt_ms = 40", "rtt_ms = 4000000000"), &["seoul - tokyo", "rtt_ms"]);
+    says(&error("image = \"maps\"", "image = \"../../etc\""), &["service maps", "not the name of a recipe"]);
+    says(&error("vip_host = 101", "vip_host = 100"), &["service agenda", "maps already"]);
+    says(&error("vip_host = 101", "vip_host = 1"), &["service agenda", "2 to 254"]);
+}
+
+#[test]
 fn overlapping_prefixes_are_refused_by_name() {
     says(&error("prefix = \"198.19.2.0/24\"", "prefix = \"198.19.1.0/24\""), &["198.19.1.0/24", "overlap"]);
     says(&error("prefix = \"198.19.2.0/24\"", "prefix = \"198.19.2.0/25\""), &["198.19.2.0/25", "too small"]);

@@ -89,6 +89,10 @@ impl Page<'_> {
                 r.two_tier.plaintext_bytes_on_wan > 0,
             );
         }
+        if r.ports != Ports::default() {
+            let tried = r.ports.tried_from_wan + r.ports.tried_from_cells;
+            figure("undeclared ports that answered", format!("{} of {tried}", r.ports.answered), r.ports.answered > 0);
+        }
         figure("dormant again", if r.returned_to_dormant { "yes" } else { "no" }.into(), !r.returned_to_dormant);
         out + "</dl>\n"
     }

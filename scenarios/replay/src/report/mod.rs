@@ -14,7 +14,7 @@
 //! | serving | when the CPA saw the decision's newcomers serve |
 //! | objective reached | the earliest time from the onset on after which, until the crowd's end, the last 10 s always have a 95th percentile within the objective; a failed request counts as slow |
 //! | p95 before | of the crowd's region, for requests begun from the onset to the first byte |
-//! | p95 after | of the crowd's region, for requests begun from the objective's being reached to the crowd's end |
+//! | p95 after | of the crowd's region, for requests begun from the first byte and one TTL of the fleet's DNS later, when no old answer is believed any more, to the crowd's end |
 //! | relocation | a network that began to serve a service by a decision other than the first placement |
 //!
 //! Percentiles are by nearest rank. Seconds are rounded to hundredths and milliseconds to whole
@@ -27,7 +27,7 @@ mod table;
 
 pub use html::html;
 
-use crate::recording::{Recording, Request};
+use crate::recording::{Ports, Recording, Request};
 use crate::scenario::Scenario;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,6 +50,8 @@ pub struct Report {
     /// The first crowd, if the scenario has one.
     pub crowd: Option<CrowdReport>,
     pub two_tier: TwoTier,
+    /// Undeclared ports that were knocked at; all 0 in a replay, which has none.
+    pub ports: Ports,
     /// Moves in the order in which they were decided, without the first placement.
     pub moves: Vec<MoveReport>,
     /// Per service and client region.
@@ -71,7 +73,9 @@ pub struct CrowdReport {
     /// Until a client had its answer; old DNS answers have to run out in between.
     pub decision_to_first_byte_s: Option<f64>,
     pub onset_to_objective_s: Option<f64>,
+    /// From the onset to the first byte.
     pub p95_before_ms: Option<u64>,
+    /// From one TTL after the first byte to the crowd's end.
     pub p95_after_ms: Option<u64>,
 }
 
@@ -80,8 +84,12 @@ pub struct CrowdReport {
 pub struct TwoTier {
     pub writes: u64,
     pub lost_writes: u64,
+    /// Reads that found a write through another network than it was written through; 0 in a replay.
+    pub read_across: u64,
     /// Canary bytes that a capture of the whole WAN held.
     pub plaintext_bytes_on_wan: u64,
+    /// Times that capture held the control, which was sent unencrypted on purpose.
+    pub control_seen: u64,
 }
 
 /// One move of a decision.
@@ -123,8 +131,11 @@ pub fn summarise(scenario: &Scenario, recording: &Recording) -> Report {
         two_tier: TwoTier {
             writes: recording.writes,
             lost_writes: recording.lost_writes,
+            read_across: recording.read_across,
             plaintext_bytes_on_wan: recording.plaintext_bytes_on_wan,
+            control_seen: recording.control_seen,
         },
+        ports: recording.ports,
         moves: moves(&recording.decisions),
         latency: latencies(&recording.requests),
         explain: recording.explain.clone(),
@@ -190,8 +201,10 @@ pub fn cause(cause: &Cause) -> &'static str {
 pub(crate) fn cause_in_words(cause: &Cause) -> String {
     match cause {
         Cause::Start => "the first placement".into(),
-        Cause::Burst { service, region, requests_per_s, usual_per_s } => {
-            format!("burst: {region} asks {requests_per_s} times a second for {service}, usually {usual_per_s}")
+        Cause::Burst { service, region, requests_per_100s, usual_per_100s } => {
+            let rate = |per_100s: u64| format!("{}.{}", (per_100s + 5) / 100, (per_100s + 5) % 100 / 10);
+            let (now, usual) = (rate(*requests_per_100s), rate(*usual_per_100s));
+            format!("burst: {region} asks {now} times a second for {service}, usually {usual}")
         }
         Cause::Epoch => "epoch: the ordinary round".into(),
         Cause::Order => "order: an operator wants it so".into(),

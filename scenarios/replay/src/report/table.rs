@@ -1,6 +1,7 @@
 //! The report for a terminal: plain text, no color.
 
 use super::Report;
+use crate::recording::Ports;
 use std::fmt;
 
 /// Lines that fit 80 columns, but for reasons, which are as long as they are.
@@ -27,7 +28,14 @@ impl fmt::Display for Report {
             writeln!(out, "\ntwo tier\n")?;
             writeln!(out, "  {:<28}{}", "writes", r.two_tier.writes)?;
             writeln!(out, "  {:<28}{}", "lost", r.two_tier.lost_writes)?;
+            writeln!(out, "  {:<28}{}", "found elsewhere", r.two_tier.read_across)?;
             writeln!(out, "  {:<28}{}", "plaintext bytes on the WAN", r.two_tier.plaintext_bytes_on_wan)?;
+        }
+        if r.ports != Ports::default() {
+            writeln!(out, "\nundeclared ports\n")?;
+            writeln!(out, "  {:<28}{}", "tried from the WAN", r.ports.tried_from_wan)?;
+            writeln!(out, "  {:<28}{}", "tried from other cells", r.ports.tried_from_cells)?;
+            writeln!(out, "  {:<28}{}", "answered", r.ports.answered)?;
         }
         writeln!(
             out,
