@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 /// An edge network for dynamic content: suspended virtual machines that wake near their users.
 #[derive(Debug, Parser)]
-#[command(name = "vmatrix", version, arg_required_else_help = true)]
+#[command(name = "vmatrix", version, arg_required_else_help = true, after_help = crate::exit::TABLE)]
 pub struct Args {
     #[command(subcommand)]
     pub command: Command,

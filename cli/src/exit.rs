@@ -1,21 +1,19 @@
 //! What an exit code means, and how an error is told.
-//!
-//! | code | meaning |
-//! |---|---|
-//! | 0 | done |
-//! | 1 | error |
-//! | 2 | the command line was not understood |
-//! | 3 | the plan has changes, or an expectation of a scenario failed |
-//! | 4 | the plan is stale |
-//! | 5 | refused: by a check, a limit or a missing permission |
-//! | 7 | not done in time |
 
 use std::process::ExitCode;
+use vmatrix_cpa_agent::client::ClientError;
+use vmatrix_lab::{ChecksFailed, LeftBehind, NotInTime, needs};
+use vmatrix_vma_image::Error as ImageError;
 
-/// The story did not end as it should: figures are on stdout, this says which are wrong.
-#[derive(Debug, thiserror::Error)]
-#[error("the play fell short: {0}")]
-pub struct FellShort(pub String);
+/// What each code means, as `vmatrix --help` shows it.
+pub const TABLE: &str = "Exit codes:
+  0  done
+  1  error
+  2  the command line was not understood
+  3  the plan has changes, or a play broke a promise
+  4  the plan is stale: plan again
+  5  refused: by a check, a limit, or because this machine lacks something
+  7  not done in time";
 
 /// The plan holds moves (`vmatrix plan --exit-code`).
 pub const CHANGES: u8 = 3;
@@ -42,21 +40,62 @@ pub fn say(e: &anyhow::Error) {
     }
 }
 
-/// The exit code an error deserves.
+/// The exit code an error deserves: of the outermost cause that has one.
 pub fn code(e: &anyhow::Error) -> ExitCode {
-    use vmatrix_cpa_agent::client::ClientError;
-    for cause in e.chain() {
-        if cause.is::<FellShort>() {
-            return ExitCode::from(CHANGES);
-        }
-        if let Some(c) = cause.downcast_ref::<ClientError>() {
-            return ExitCode::from(match c.status() {
-                Some(409) => STALE,
-                Some(401 | 403 | 422) => REFUSED,
-                None if c.timed_out() => TIMEOUT,
-                _ => 1,
-            });
-        }
+    ExitCode::from(e.chain().find_map(of_cause).unwrap_or(1))
+}
+
+fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    if cause.is::<ChecksFailed>() || cause.is::<LeftBehind>() {
+        Some(CHANGES)
+    } else if cause.is::<needs::Missing>() {
+        Some(REFUSED)
+    } else if cause.is::<NotInTime>() {
+        Some(TIMEOUT)
+    } else {
+        cause.downcast_ref().and_then(of_client).or_else(|| cause.downcast_ref().and_then(of_image))
     }
-    ExitCode::FAILURE
+}
+
+fn of_client(e: &ClientError) -> Option<u8> {
+    match e.status() {
+        Some(409) => Some(STALE),
+        Some(401 | 403 | 422) => Some(REFUSED),
+        None if e.timed_out() => Some(TIMEOUT),
+        _ => None,
+    }
+}
+
+fn of_image(e: &ImageError) -> Option<u8> {
+    match e {
+        ImageError::BadChunk { .. }
+        | ImageError::BadManifest { .. }
+        | ImageError::BadSignature { .. }
+        | ImageError::Untrusted { .. }
+        | ImageError::Mismatch(_)
+        | ImageError::Missing { .. } => Some(REFUSED),
+        ImageError::Timeout { .. } => Some(TIMEOUT),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn a_typed_error_keeps_its_code_under_any_context() {
+        let coded = |e: anyhow::Error| code(&e.context("the daemons' logs are kept").context("lab"));
+        let late = NotInTime { what: "maps".into(), patience: std::time::Duration::from_secs(1) };
+        assert_eq!(coded(late.into()), ExitCode::from(TIMEOUT));
+        assert_eq!(coded(needs::Missing::Tun.into()), ExitCode::from(REFUSED));
+        let broken = ChecksFailed { failures: vec!["one".into()], recording: Box::default() };
+        assert_eq!(coded(broken.into()), ExitCode::from(CHANGES));
+        let forged = ImageError::BadSignature { name: "maps".into() };
+        assert_eq!(coded(forged.into()), ExitCode::from(REFUSED));
+        assert_eq!(coded(anyhow::anyhow!("something else")), ExitCode::FAILURE);
+        let plain: anyhow::Result<()> = Err(std::io::Error::other("disk")).context("cannot write");
+        assert_eq!(code(&plain.unwrap_err()), ExitCode::FAILURE);
+    }
 }

@@ -103,7 +103,12 @@ fn machine_a_flash_crowd_pulls_an_unmodified_vm_to_its_users() {
     assert!(number(&r, "/crowd/decision_to_first_byte_s") <= 5.0, "{r}");
     assert!(number(&r, "/two_tier/writes") > 0.0);
     assert_eq!(number(&r, "/two_tier/lost_writes"), 0.0);
+    assert!(number(&r, "/two_tier/read_across") > 0.0, "nothing was read elsewhere than it was written: {r}");
     assert_eq!(number(&r, "/two_tier/plaintext_bytes_on_wan"), 0.0);
+    assert!(number(&r, "/two_tier/control_seen") > 0.0, "the capture is blind");
+    assert!(number(&r, "/ports/tried_from_wan") > 0.0);
+    assert!(number(&r, "/ports/tried_from_cells") > 0.0);
+    assert_eq!(number(&r, "/ports/answered"), 0.0);
     assert!(!r["explain"].as_array().expect("explain").is_empty());
 
     let began = std::time::Instant::now();

@@ -35,8 +35,8 @@ impl Progress {
         let (bar, told) = (self.bar.clone(), self.told.clone());
         Arc::new(move |what| {
             let line = |text: &str| match &bar {
-                Some(bar) => bar.println(text),
-                None => eprintln!("{text}"),
+                Some(bar) if !bar.is_finished() => bar.println(text),
+                _ => eprintln!("{text}"),
             };
             let part = |done: u64, of: u64, text: String| match &bar {
                 Some(bar) => {

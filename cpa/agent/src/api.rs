@@ -1,9 +1,11 @@
 //! The CPA's HTTP: what docs/api.md lists. Thin: read, ask the owner, answer.
 
+use crate::doors::{Door, by_address, shows_token};
 use crate::owner::Ask;
-use crate::watchers::{News, WATCHERS_MAX, Watchers, news};
+use crate::pulse::Pulse;
+use crate::watchers::{News, RESERVED, WATCHERS_MAX, Watchers, news};
 use axum::extract::{DefaultBodyLimit, Query, Request, State, rejection::JsonRejection};
-use axum::http::{HeaderMap, StatusCode, Uri, header};
+use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::sse::{self, Sse};
 use axum::response::{IntoResponse, Response};
@@ -25,31 +27,41 @@ use vmatrix_model::wire::{Apply, Explanation, Order, Problem, Snapshot};
 
 /// Largest body: see docs/api.md.
 const BODY_MAX: usize = 4 << 20;
+/// From a request's header to its answer's; a body that trickles in is not waited for. A stream, once begun, may go on.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
 
 #[derive(Clone)]
 pub(crate) struct Shared {
     pub inbox: mpsc::Sender<Ask>,
     pub watchers: Watchers,
+    pub pulse: Pulse,
     pub token: Arc<str>,
 }
 
-pub(crate) fn routes(shared: Shared) -> Router {
+/// What is asked at one door.
+pub(crate) fn routes(shared: Shared, door: Door) -> Router {
+    let with_token = axum::middleware::from_fn_with_state(shared.clone(), check_token);
+    let shown = Router::new().route("/v1/events", get(events)).route("/v1/snapshot", get(snapshot));
+    let shown = match door {
+        Door::Fleet => shown.route_layer(with_token.clone()),
+        Door::Page => shown.route_layer(axum::middleware::from_fn_with_state(shared.clone(), check_host)),
+    };
     let behind_token = Router::new()
         .route("/v1/demand", post(demand))
         .route("/v1/inventory", post(inventory))
-        .route("/v1/snapshot", get(snapshot))
         .route("/v1/plan", post(plan))
         .route("/v1/apply", post(apply))
         .route("/v1/explain", get(explain))
-        .route_layer(axum::middleware::from_fn_with_state(shared.clone(), check_token));
+        .route_layer(with_token);
     Router::new()
         .merge(behind_token)
-        // A browser's EventSource can send no token. Like the page that opens it, the stream only shows.
-        .route("/v1/events", get(events))
+        .merge(shown)
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
+        // The page's files hold nothing of the fleet.
         .fallback(get(page))
         .layer(DefaultBodyLimit::max(BODY_MAX))
+        .layer(axum::middleware::from_fn(in_time))
         .with_state(shared)
 }
 
@@ -74,7 +86,7 @@ impl From<Refusal> for No {
         let status = match &r {
             Refusal::NoPlan { .. } => StatusCode::NOT_FOUND,
             Refusal::Stale { .. } => StatusCode::CONFLICT,
-            Refusal::Order { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            Refusal::Order { .. } | Refusal::Absurd { .. } => StatusCode::UNPROCESSABLE_ENTITY,
         };
         let words = r.to_string();
         let (problem, hint) = words.split_once("\n\nhint: ").unwrap_or((&words, ""));
@@ -90,25 +102,40 @@ impl From<JsonRejection> for No {
 type Body<T> = Result<Json<T>, JsonRejection>;
 
 async fn check_token(State(shared): State<Shared>, request: Request, next: Next) -> Response {
-    let given = request
-        .headers()
-        .get(header::AUTHORIZATION)
-        .and_then(|v| v.to_str().ok())
-        .and_then(|v| v.strip_prefix("Bearer "));
-    if given.is_some_and(|g| same(g.as_bytes(), shared.token.as_bytes())) {
+    if shows_token(request.headers(), &shared.token) {
         return next.run(request).await;
     }
     No::new(
         StatusCode::UNAUTHORIZED,
         "the fleet's token is missing or wrong",
-        "send `Authorization: Bearer <content of token_file>`",
+        "send `Authorization: Bearer <content of token_file>`; a browser, which cannot, looks at page_listen",
     )
     .into_response()
 }
 
-/// Compares in a time that does not tell how much was right.
-fn same(a: &[u8], b: &[u8]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).fold(0, |d, (x, y)| d | (x ^ y)) == 0
+/// At the page's door a browser needs no token, if it came by address.
+async fn check_host(State(shared): State<Shared>, request: Request, next: Next) -> Response {
+    if by_address(request.headers()) || shows_token(request.headers(), &shared.token) {
+        return next.run(request).await;
+    }
+    No::new(
+        StatusCode::FORBIDDEN,
+        "this door was asked for by name, so the question may come from another site's page",
+        "open the page by its address, like http://127.0.0.1:8439/",
+    )
+    .into_response()
+}
+
+async fn in_time(request: Request, next: Next) -> Response {
+    match tokio::time::timeout(ANSWERED_WITHIN, next.run(request)).await {
+        Ok(answer) => answer,
+        Err(_) => No::new(
+            StatusCode::REQUEST_TIMEOUT,
+            format!("not asked and answered within {} s", ANSWERED_WITHIN.as_secs()),
+            "send the body faster, or try again when the CPA is less busy",
+        )
+        .into_response(),
+    }
 }
 
 async fn hear(shared: &Shared, event: Event) -> Result<StatusCode, No> {
@@ -135,7 +162,9 @@ async fn demand(State(shared): State<Shared>, report: Body<DemandReport>) -> Res
 }
 
 async fn inventory(State(shared): State<Shared>, inventory: Body<Inventory>) -> Result<StatusCode, No> {
-    hear(&shared, Event::Inventory(inventory?.0)).await
+    let Json(inventory) = inventory?;
+    ask(&shared, |to| Ask::Inventory(inventory, to)).await??;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 async fn snapshot(State(shared): State<Shared>) -> Result<Json<Snapshot>, No> {
@@ -166,15 +195,19 @@ async fn explain(State(shared): State<Shared>, Query(which): Query<Which>) -> Re
     })
 }
 
-async fn events(State(shared): State<Shared>) -> Result<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>, No> {
+async fn events(
+    State(shared): State<Shared>,
+    headers: HeaderMap,
+) -> Result<Sse<impl Stream<Item = Result<sse::Event, Infallible>>>, No> {
     let full = || {
         No::new(
             StatusCode::SERVICE_UNAVAILABLE,
-            format!("{WATCHERS_MAX} watchers are the most there may be"),
-            "close another page",
+            format!("{WATCHERS_MAX} watchers are the most there may be, {RESERVED} of them with the token"),
+            "close another page, or use `vmatrix watch`, which shows the token",
         )
     };
-    let (receiver, seat) = shared.watchers.watch().ok_or_else(full)?;
+    let holder = shows_token(&headers, &shared.token);
+    let (receiver, seat) = shared.watchers.watch(holder).ok_or_else(full)?;
     let first = news("snapshot", &ask(&shared, Ask::Snapshot).await?);
     // A watcher that fell behind misses events; the next snapshot is whole.
     let rest = BroadcastStream::new(receiver).filter_map(|n| async { n.ok() });
@@ -187,8 +220,14 @@ async fn events(State(shared): State<Shared>) -> Result<Sse<impl Stream<Item = R
 }
 
 async fn ready(State(shared): State<Shared>) -> Result<&'static str, No> {
-    ask(&shared, Ask::Snapshot).await?;
-    Ok("ready\n")
+    let stuck = || {
+        No::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the CPA is starting, or stuck",
+            "see its log, and whether its disk is slow",
+        )
+    };
+    shared.pulse.beats().then_some("ready\n").ok_or_else(stuck)
 }
 
 async fn page(uri: Uri, headers: HeaderMap) -> Response {

@@ -15,6 +15,8 @@ use vmatrix_model::fleet::Fleet;
 #[serde(deny_unknown_fields)]
 struct File {
     listen: SocketAddr,
+    #[serde(default)]
+    page_listen: Option<SocketAddr>,
     state_dir: PathBuf,
     token_file: PathBuf,
     fleet_file: PathBuf,
@@ -42,6 +44,8 @@ pub(crate) struct Agents {
 #[derive(Debug)]
 pub(crate) struct Config {
     pub listen: SocketAddr,
+    /// Where the page and what it shows need no token; such a door is for this machine.
+    pub page_listen: Option<SocketAddr>,
     pub state_dir: PathBuf,
     pub token: String,
     pub fleet: Fleet,
@@ -61,6 +65,11 @@ pub(crate) fn read(path: &Path) -> anyhow::Result<Config> {
     let dir = path.parent().unwrap_or(Path::new("."));
     if !(50..=1000).contains(&file.tick_ms) {
         bail!("{name}: tick_ms = {} must be 50 to 1000: crowds are judged second by second", file.tick_ms);
+    }
+    if file.page_listen == Some(file.listen) {
+        bail!(
+            "{name}: page_listen is the same address as listen\n\nhint: page_listen asks for no token, so give it an address of this machine alone, like 127.0.0.1:8439"
+        );
     }
     let token_file = dir.join(&file.token_file);
     let token = text(&token_file, "token")?.trim().to_owned();
@@ -92,6 +101,7 @@ pub(crate) fn read(path: &Path) -> anyhow::Result<Config> {
     let tick = Duration::from_millis(file.tick_ms);
     Ok(Config {
         listen: file.listen,
+        page_listen: file.page_listen,
         state_dir: dir.join(file.state_dir),
         token,
         fleet,

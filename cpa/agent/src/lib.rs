@@ -1,6 +1,7 @@
 //! The CPA's hands: hears demand and inventories, feeds `vmatrix-cpa-core`, writes the journal, carries out commands.
 //!
 //! ```text
+//!            doors (token, seats)
 //!  edges, VM agents ──POST──▶ api ─▶ ┌───────────────┐ ─▶ journal (before anything is sent)
 //!  people, the page ◀─SSE── watchers ◀─ │ owner: the core │ ─▶ dispatch, one task per network and daemon
 //!  origin ─image sizes─▶ sizes ─▶    └───────────────┘      PUT assignment, PUT steering
@@ -13,13 +14,17 @@ mod api;
 pub mod client;
 mod config;
 mod dispatch;
+mod doors;
 mod journal;
 mod owner;
 mod page;
+mod pulse;
+mod recall;
 mod sizes;
 mod watchers;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+use doors::{Door, Limits};
 use std::collections::BTreeMap;
 use std::path::Path;
 use tokio::sync::mpsc;
@@ -33,12 +38,16 @@ use vmatrix_model::Time;
 /// CPA that forgets what it said could run backwards after its next start, so it stops, and the data plane goes on without it.
 pub async fn run(config: &Path) -> anyhow::Result<()> {
     let config = config::read(config)?;
-    let listener = tokio::net::TcpListener::bind(config.listen).await.with_context(|| {
-        format!(
-            "cannot listen on {}\n\nhint: another program may hold the address, or this machine does not have it",
-            config.listen
-        )
-    })?;
+    let fleet_door = bind(config.listen).await?;
+    let page_door = match config.page_listen {
+        Some(at) => {
+            if !at.ip().is_loopback() {
+                tracing::warn!(page_listen = %at, "whoever reaches this address sees the fleet: no token is asked there");
+            }
+            Some(bind(at).await?)
+        }
+        None => None,
+    };
     let (journal, memory) = journal::Journal::open(&config.state_dir)?;
     let restored = memory.is_some();
     let http = http(&config.token)?;
@@ -46,18 +55,32 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
     let (inbox, asks) = mpsc::channel(owner::ASKS_MAX);
     let dispatch = dispatch::Dispatch::start(&config.agents, &http, &inbox);
     let cpa = Cpa::new(config.fleet.clone(), BTreeMap::new());
-    let owner = owner::Owner { cpa, journal, dispatch, watchers: watchers.clone(), asks };
+    let pulse = pulse::Pulse::new();
+    let owner = owner::Owner { cpa, journal, dispatch, watchers: watchers.clone(), pulse: pulse.clone(), asks };
     let owner = tokio::spawn(owner.run(memory, config.tick));
     tokio::spawn(sizes::fetch(http, config.images.clone(), config.fleet.clone(), inbox.clone()));
-    tracing::info!(listen = %config.listen, networks = config.agents.len(), restored, "cpa ready");
-    let state = api::Shared { inbox, watchers, token: config.token.into() };
-    let serve = axum::serve(listener, api::routes(state)).with_graceful_shutdown(stopped());
+    let state = api::Shared { inbox, watchers, pulse, token: config.token.into() };
+    let fleet = doors::serve(fleet_door, api::routes(state.clone(), Door::Fleet), Limits::of(Door::Fleet));
+    let page = async {
+        match page_door {
+            Some(listener) => doors::serve(listener, api::routes(state, Door::Page), Limits::of(Door::Page)).await,
+            None => std::future::pending().await,
+        }
+    };
+    tracing::info!(listen = %config.listen, page = config.page_listen.map(tracing::field::display), networks = config.agents.len(), restored, "cpa ready");
     tokio::select! {
+        () = fleet => bail!("the fleet's door closed\n\nhint: start the CPA again; it goes on from its journal"),
+        () = page => bail!("the page's door closed\n\nhint: start the CPA again; it goes on from its journal"),
         // Streams to watchers never end by themselves: stop when told, without waiting for them.
-        served = async { serve.await } => served.context("the HTTP server ended"),
         () = stopped() => Ok(()),
         ended = owner => ended.context("the task that owns the core ended")?,
     }
+}
+
+async fn bind(at: std::net::SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
+    tokio::net::TcpListener::bind(at).await.with_context(|| {
+        format!("cannot listen on {at}\n\nhint: another program may hold the address, or this machine does not have it")
+    })
 }
 
 /// Microseconds since the epoch.

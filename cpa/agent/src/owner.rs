@@ -3,11 +3,13 @@
 use crate::dispatch::Dispatch;
 use crate::journal::{Journal, MEMORY_EVERY};
 use crate::now;
+use crate::pulse::Pulse;
 use crate::watchers::Watchers;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use vmatrix_cpa_core::{Command, Cpa, Event, Memory, Refusal};
+use vmatrix_model::fleet::Fleet;
 use vmatrix_model::inventory::Inventory;
 use vmatrix_model::plan::{Decision, Plan};
 use vmatrix_model::wire::{Explanation, JournalEntry, Order, Snapshot};
@@ -19,6 +21,7 @@ pub(crate) const ASKS_MAX: usize = 256;
 /// What others ask of the owner.
 pub(crate) enum Ask {
     Hear(Event),
+    Inventory(Inventory, oneshot::Sender<Result<(), Refusal>>),
     Plan(Order, oneshot::Sender<Result<Plan, Refusal>>),
     Apply(u64, oneshot::Sender<Result<Decision, Refusal>>),
     Explain(ServiceId, oneshot::Sender<Option<Explanation>>),
@@ -30,6 +33,7 @@ pub(crate) struct Owner {
     pub journal: Journal,
     pub dispatch: Dispatch,
     pub watchers: Watchers,
+    pub pulse: Pulse,
     pub asks: mpsc::Receiver<Ask>,
 }
 
@@ -61,6 +65,7 @@ impl Owner {
             tokio::select! {
                 _ = ticks.tick() => {
                     self.hear(&mut desk, Event::Tick)?;
+                    self.pulse.beat();
                     if desk.shown.elapsed() >= Duration::from_millis(950) {
                         self.show(&mut desk);
                     }
@@ -81,6 +86,10 @@ impl Owner {
         match ask {
             Ask::Hear(event) => {
                 self.hear(desk, event)?;
+            }
+            Ask::Inventory(inventory, to) => {
+                let refused = self.hear(desk, Event::Inventory(inventory))?.into_iter().find_map(absurd);
+                let _ = to.send(refused.map_or(Ok(()), Err));
             }
             Ask::Plan(order, to) => {
                 let commands = self.hear(desk, Event::Order(order))?;
@@ -117,14 +126,19 @@ impl Owner {
     /// Feeds the core one event, writes down what matters, then carries out its commands.
     fn hear(&mut self, desk: &mut Desk, event: Event) -> anyhow::Result<Vec<Command>> {
         let at = now();
-        if let Some(entry) = desk.worth_writing(&event) {
+        if let Some(entry) = desk.worth_writing(&event, self.cpa.fleet()) {
             self.journal.write(at, entry)?;
             desk.news = true;
         }
-        if let Event::Inventory(i) = &event {
-            self.dispatch.seen(&i.network, i.generation);
-        }
+        let seen = match &event {
+            Event::Inventory(i) => Some((i.network.clone(), i.generation)),
+            _ => None,
+        };
         let commands = self.cpa.handle(at, event);
+        let believed = !commands.iter().any(|c| matches!(c, Command::Refuse(Refusal::Absurd { .. })));
+        if let (Some((network, generation)), true) = (seen, believed) {
+            self.dispatch.seen(&network, generation);
+        }
         let mut said = false;
         for entry in commands.iter().filter_map(entry) {
             self.journal.write(at, entry)?;
@@ -186,9 +200,10 @@ impl Owner {
 
 impl Desk {
     /// The journal entry of an event: no empty demand reports, no inventory that only grew older.
-    fn worth_writing(&mut self, event: &Event) -> Option<JournalEntry> {
+    fn worth_writing(&mut self, event: &Event, fleet: &Fleet) -> Option<JournalEntry> {
         match event {
             Event::Demand(report) => (!report.counts.is_empty()).then(|| JournalEntry::Demand(report.clone())),
+            Event::Inventory(inventory) if fleet.network(&inventory.network).is_none() => None,
             Event::Inventory(inventory) => {
                 let timeless = Inventory { at: Time(0), ..inventory.clone() };
                 let old = self.inventories.insert(inventory.network.clone(), timeless.clone());
@@ -198,6 +213,14 @@ impl Desk {
             // Applied plans are written as decisions; the rest is not news.
             Event::Apply { .. } | Event::Tick | Event::Image(..) | Event::Answering { .. } | Event::Restored(_) => None,
         }
+    }
+}
+
+/// What is told to the network whose inventory it was; other refusals concern plans.
+fn absurd(command: Command) -> Option<Refusal> {
+    match command {
+        Command::Refuse(refusal @ Refusal::Absurd { .. }) => Some(refusal),
+        _ => None,
     }
 }
 

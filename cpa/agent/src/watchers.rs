@@ -6,6 +6,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
 
 /// Most watchers at once: an operators' room, not the public.
 pub(crate) const WATCHERS_MAX: usize = 64;
+/// Of these, seats that only holders of the token may take: pages left open lock no operator out.
+pub(crate) const RESERVED: usize = 16;
 /// Events a watcher may be behind; one that is further behind misses some, and the next snapshot is whole again.
 const BEHIND_MAX: usize = 32;
 
@@ -19,12 +21,19 @@ pub(crate) struct News {
 #[derive(Debug, Clone)]
 pub(crate) struct Watchers {
     sender: broadcast::Sender<News>,
+    /// For whoever asks.
     seats: Arc<Semaphore>,
+    /// For holders of the token.
+    reserved: Arc<Semaphore>,
 }
 
 impl Watchers {
     pub(crate) fn new() -> Watchers {
-        Watchers { sender: broadcast::channel(BEHIND_MAX).0, seats: Arc::new(Semaphore::new(WATCHERS_MAX)) }
+        Watchers {
+            sender: broadcast::channel(BEHIND_MAX).0,
+            seats: Arc::new(Semaphore::new(WATCHERS_MAX - RESERVED)),
+            reserved: Arc::new(Semaphore::new(RESERVED)),
+        }
     }
 
     pub(crate) fn any(&self) -> bool {
@@ -41,9 +50,10 @@ impl Watchers {
         }
     }
 
-    /// Takes a seat, if one is free.
-    pub(crate) fn watch(&self) -> Option<(broadcast::Receiver<News>, OwnedSemaphorePermit)> {
-        let seat = self.seats.clone().try_acquire_owned().ok()?;
+    /// Takes a seat, if one is free; a holder of the token takes a reserved one first, and any other then.
+    pub(crate) fn watch(&self, holder: bool) -> Option<(broadcast::Receiver<News>, OwnedSemaphorePermit)> {
+        let reserved = holder.then(|| self.reserved.clone().try_acquire_owned().ok()).flatten();
+        let seat = reserved.or_else(|| self.seats.clone().try_acquire_owned().ok())?;
         Some((self.sender.subscribe(), seat))
     }
 }
@@ -55,5 +65,21 @@ pub(crate) fn news(name: &'static str, what: &impl Serialize) -> Option<News> {
             tracing::warn!("cannot put a {name} into JSON: {e}");
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_left_open_lock_no_operator_out() {
+        let watchers = Watchers::new();
+        let pages: Vec<_> = std::iter::from_fn(|| watchers.watch(false)).take(WATCHERS_MAX + 1).collect();
+        assert_eq!(pages.len(), WATCHERS_MAX - RESERVED);
+        let operators: Vec<_> = std::iter::from_fn(|| watchers.watch(true)).take(WATCHERS_MAX + 1).collect();
+        assert_eq!(operators.len(), RESERVED);
+        drop(pages);
+        assert!(watchers.watch(true).is_some(), "a holder may take any seat");
     }
 }

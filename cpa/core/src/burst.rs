@@ -48,6 +48,7 @@ pub const CROWD_MAX: Span = Span::secs(15 * 60);
 ///                    └── CROWD_MAX ──▶ quiet, and the crowd's level is the usual rate from now on
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Watch {
     /// S while quiet, D in a crowd, thousandths.
     sum: u64,
@@ -116,6 +117,11 @@ impl Watch {
         }
         self.crowd = Some(crowd);
         Change::None
+    }
+
+    /// Every time it remembers.
+    pub(crate) fn times(&mut self) -> impl Iterator<Item = &mut Time> {
+        self.crowd.as_mut().map(|c| &mut c.since).into_iter().chain(&mut self.calm_since)
     }
 
     /// The crowd that is on, if one is.

@@ -17,6 +17,7 @@ pub const SECONDS: usize = 30;
 
 /// What was asked of one service.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Counts {
     pub regions: BTreeMap<RegionId, Arrivals>,
     /// Clients of no known region.
@@ -25,6 +26,7 @@ pub struct Counts {
 
 /// What one region asked for, and where it arrived.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Arrivals {
     pub all: Series,
     pub at: BTreeMap<NetworkId, Series>,
@@ -32,6 +34,7 @@ pub struct Arrivals {
 
 /// Requests in each of the last [`SECONDS`] seconds.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Series {
     /// The newest second (whole seconds of the CPA's clock).
     newest: u64,

@@ -18,16 +18,17 @@ use vmatrix_model::inventory::Inventory;
 use vmatrix_model::placement::Placement;
 use vmatrix_model::plan::{Cause, Decision, Plan, WhyNot};
 use vmatrix_model::wire::Order;
-use vmatrix_model::{Bytes, NetworkId, RegionId, ServiceId, Span, Time};
+use vmatrix_model::{Bytes, Generation, NetworkId, RegionId, ServiceId, Span, Time};
 
 /// How long an instance out of rotation may keep its connections: longer than any answer here, short enough that a
 /// crowd's copy sleeps within a minute.
 pub(crate) const DRAIN: Span = Span::secs(20);
-/// Seconds without a tick after which the gap is skipped: what was not counted says nothing about demand.
-const GAP_MAX: u64 = 5;
 /// A service that nobody is seen to serve for so long is resumed elsewhere. A killed VM agent is back by then, and its
 /// instances serve meanwhile.
 const LOST: Span = Span::secs(15);
+/// Furthest ahead of ours that another CPA's number is believed: at a thousand a second, the work of fifty days whose
+/// journal was lost. Beyond it a daemon is broken or lies, and following it would use up the numbers.
+pub(crate) const AHEAD_MAX: u64 = 1 << 32;
 
 /// The content placement agent of one fleet.
 #[derive(Debug, Clone)]
@@ -54,9 +55,10 @@ impl Cpa {
         &self.fleet
     }
 
-    /// Hears one event. `now` must not run backwards; if it does, nothing worse happens than a decision made later.
+    /// Hears one event. `now` should not run backwards; where it jumps, either way, what is remembered jumps with it.
     pub fn handle(&mut self, now: Time, event: Event) -> Vec<Command> {
         let mut commands = vec![];
+        self.skip_gap(now);
         match event {
             Event::Tick => {
                 self.begin(now, &mut commands);
@@ -71,11 +73,7 @@ impl Cpa {
                 self.settle(now, &mut commands);
                 self.steer(now, &mut commands);
             }
-            Event::Answering { generation, .. } if generation > self.memory.steering.generation => {
-                self.memory.steering.generation = generation.next();
-                commands.push(Command::Announce(self.memory.steering.clone()));
-            }
-            Event::Answering { .. } => {}
+            Event::Answering { network, generation } => self.answering(network, generation, &mut commands),
             Event::Image(service, bytes) => {
                 self.memory.images.insert(service, bytes);
             }
@@ -104,11 +102,6 @@ impl Cpa {
         self.skip_to(now);
         let plan = self.first(now);
         self.adopt(now, plan, commands);
-    }
-
-    fn skip_to(&mut self, now: Time) {
-        self.memory.second = second(now);
-        self.memory.slot = now.0 / SLOT.0;
     }
 
     /// Takes over what the last run knew, and says again what is in force: the networks may not have heard it.
@@ -161,6 +154,10 @@ impl Cpa {
             return;
         }
         let newer = inventory.generation;
+        if let Some(refusal) = absurd(&inventory.network, newer, self.memory.placement.generation) {
+            commands.push(Command::Refuse(refusal));
+            return;
+        }
         self.memory.seen.insert(inventory.network.clone(), Seen { heard: now, inventory });
         if self.memory.began.is_some() && newer > self.memory.placement.generation {
             let placement = Placement { generation: newer.next(), services: self.memory.placement.services.clone() };
@@ -168,13 +165,20 @@ impl Cpa {
         }
     }
 
+    /// An edge has answers numbered after ours; number ours after its.
+    fn answering(&mut self, network: NetworkId, newer: Generation, commands: &mut Vec<Command>) {
+        let ours = &mut self.memory.steering;
+        if let Some(refusal) = absurd(&network, newer, ours.generation) {
+            commands.push(Command::Refuse(refusal));
+        } else if newer > ours.generation {
+            ours.generation = newer.next();
+            commands.push(Command::Announce(ours.clone()));
+        }
+    }
+
     /// Judges every whole second since the last tick, closes slots, and thinks where there is something to think about.
     fn judge(&mut self, now: Time, commands: &mut Vec<Command>) {
         let present = second(now);
-        if present > self.memory.second + GAP_MAX {
-            self.skip_to(now);
-            return;
-        }
         while self.memory.second < present {
             let judged = self.memory.second;
             self.memory.second += 1;
@@ -314,7 +318,7 @@ impl Cpa {
     }
 
     /// What was put in force after `base`, in words.
-    fn changes_since(&self, base: vmatrix_model::Generation) -> String {
+    fn changes_since(&self, base: Generation) -> String {
         let moves = self.memory.decisions.iter().filter(|d| d.generation > base).flat_map(|d| &d.plan.moves);
         let words: Vec<String> = moves.map(|m| format!("{:?} {} at {}", m.action, m.service, m.network)).collect();
         if words.is_empty() { "a relocation that was under way has gone on".into() } else { words.join(", ") }
@@ -412,6 +416,12 @@ impl Cpa {
     pub fn moving(&self) -> bool {
         !self.memory.transitions.is_empty()
     }
+}
+
+/// Whether a number that `network` claims is too far ahead of the one in force to be believed.
+fn absurd(network: &NetworkId, claimed: Generation, now: Generation) -> Option<Refusal> {
+    let absurd = claimed.0.saturating_sub(now.0) > AHEAD_MAX;
+    absurd.then(|| Refusal::Absurd { network: network.clone(), claimed, now })
 }
 
 #[cfg(test)]

@@ -8,6 +8,9 @@ use crate::memory::LastReport;
 use vmatrix_model::demand::DemandReport;
 use vmatrix_model::{ServiceId, Time};
 
+/// Most requests believed of one /24 in one report; ten times what a machine can accept, and far from any overflow.
+const REQUESTS_MAX: u64 = 1 << 24;
+
 impl Cpa {
     /// Counts a report into the seconds it covers, by the CPA's own clock.
     pub(crate) fn count(&mut self, now: Time, report: &DemandReport) {
@@ -19,7 +22,7 @@ impl Cpa {
         if same_run.is_some_and(|l| report.sequence <= l.sequence) {
             return;
         }
-        let covers = same_run.map_or(1, |l| (report.at.since(l.at).0 + 500_000) / 1_000_000);
+        let covers = same_run.map_or(1, |l| report.at.since(l.at).0.saturating_add(500_000) / 1_000_000);
         self.memory.reports.insert(
             report.network.clone(),
             LastReport { run: report.run, sequence: report.sequence, heard: now, at: report.at },
@@ -30,7 +33,7 @@ impl Cpa {
             }
             let counts = self.memory.counts.entry(count.service.clone()).or_default();
             let region = self.fleet.region_of(count.clients.network());
-            for (s, n) in spread(second(now), covers, count.requests) {
+            for (s, n) in spread(second(now), covers, count.requests.min(REQUESTS_MAX)) {
                 match region {
                     Some(region) => {
                         let arrivals = counts.regions.entry(region.name.clone()).or_default();

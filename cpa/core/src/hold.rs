@@ -30,6 +30,7 @@ pub const AVOID: Span = Span::secs(300);
 
 /// What is remembered of one service.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Held {
     /// When each network began to serve.
     pub serving_since: BTreeMap<NetworkId, Time>,

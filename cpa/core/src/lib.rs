@@ -21,6 +21,7 @@ pub mod cpa;
 mod demand;
 pub mod explain;
 pub mod forecast;
+mod gap;
 pub mod hold;
 pub mod memory;
 pub mod orders;
@@ -91,6 +92,11 @@ pub enum Refusal {
         "plan {plan} was made from {base}, and {now} is in force: {what}\n\nhint: ask for the plan again, read it, then apply that one"
     )]
     Stale { plan: u64, base: vmatrix_model::Generation, now: vmatrix_model::Generation, what: String },
+    /// A network claims a state numbered so far ahead that no CPA of this fleet can have said it.
+    #[error(
+        "{network} claims {claimed}, and {now} is in force: more than {most} ahead\n\nhint: empty the state folder of that network's daemons and start them again", most = cpa::AHEAD_MAX
+    )]
+    Absurd { network: NetworkId, claimed: vmatrix_model::Generation, now: vmatrix_model::Generation },
     /// The order names something that does not exist or asks for what cannot be.
     #[error("{problem}\n\nhint: {hint}")]
     Order { problem: String, hint: String },

@@ -22,6 +22,8 @@ pub const DECISIONS_MAX: usize = vmatrix_model::wire::DECISIONS_MAX;
 /// # Invariants
 /// 1. `placement.generation`, `plans_made` and `steering.generation` never fall.
 /// 2. Every collection is bounded: by the fleet (services, networks, regions) or by a constant here.
+/// 3. A field that is new since an earlier version has a default, so that an upgrade goes on from what that version
+///    wrote; only the numbers that must never fall, and what they number, are mandatory.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Memory {
     /// When the CPA first ran; zero until the first tick.
@@ -29,36 +31,50 @@ pub struct Memory {
     /// The placement in force: what the networks were last told.
     pub placement: Placement,
     /// Where a service is on its way to, if it is on its way.
+    #[serde(default)]
     pub transitions: BTreeMap<ServiceId, Transition>,
     /// Services an operator placed, and until when the rounds leave them alone.
+    #[serde(default)]
     pub ordered: BTreeMap<ServiceId, Time>,
     /// Plans that may be applied, oldest first.
+    #[serde(default)]
     pub plans: VecDeque<Plan>,
     /// Number of the last plan made.
     pub plans_made: u64,
     /// Decisions made, oldest first.
+    #[serde(default)]
     pub decisions: VecDeque<Decision>,
     /// The answers in force.
     pub steering: Steering,
     /// What every network was last seen to have, and when the CPA heard of it.
+    #[serde(default)]
     pub seen: BTreeMap<NetworkId, Seen>,
     /// Demand counted, per service.
+    #[serde(default)]
     pub counts: BTreeMap<ServiceId, Counts>,
     /// What each region usually asks for.
+    #[serde(default)]
     pub usual: BTreeMap<ServiceId, BTreeMap<RegionId, Usual>>,
     /// Whether each region is in a crowd.
+    #[serde(default)]
     pub watches: BTreeMap<ServiceId, BTreeMap<RegionId, Watch>>,
     /// The last report of each edge's run.
+    #[serde(default)]
     pub reports: BTreeMap<NetworkId, LastReport>,
     /// What the holds remember of each service.
+    #[serde(default)]
     pub holds: BTreeMap<ServiceId, crate::hold::Held>,
     /// Why each service stayed away from the networks it is not in, from the last round.
+    #[serde(default)]
     pub not: BTreeMap<ServiceId, Vec<vmatrix_model::plan::WhyNot>>,
     /// Stored bytes of each service's image, where known.
+    #[serde(default)]
     pub images: BTreeMap<ServiceId, Bytes>,
     /// End of the last slot that was counted.
+    #[serde(default)]
     pub slot: u64,
     /// The last second that was judged for crowds.
+    #[serde(default)]
     pub second: u64,
 }
 

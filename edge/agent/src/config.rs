@@ -4,7 +4,8 @@ use anyhow::{Context, bail, ensure};
 use ipnet::Ipv4Net;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use std::net::SocketAddrV4;
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use vmatrix_model::NetworkId;
 use vmatrix_model::config::parse_toml;
@@ -18,7 +19,7 @@ pub struct EdgeFile {
     pub dns_listen: SocketAddrV4,
     pub state_dir: PathBuf,
     pub token_file: PathBuf,
-    /// Base URL of the CPA.
+    /// Base URL of the CPA. Its host is an address, for the packet filter lets it in by that.
     pub cpa: String,
     pub zone: String,
     /// The interface clients come in by.
@@ -69,7 +70,21 @@ impl EdgeFile {
         for p in [&mut file.state_dir, &mut file.token_file] {
             *p = beside(path, p);
         }
+        file.control().with_context(|| path.display().to_string())?;
         Ok(file)
+    }
+
+    /// Who may reach the network's control ports by the uplink: the CPA's address, which is the origin's,
+    /// and the network's own addresses, of which a site has a /24 at least.
+    ///
+    /// # Errors
+    /// The host of `cpa` is not an IPv4 address.
+    pub fn control(&self) -> anyhow::Result<BTreeSet<Ipv4Net>> {
+        let host = reqwest::Url::parse(&self.cpa).ok().and_then(|u| u.host_str()?.parse::<Ipv4Addr>().ok());
+        let host = host.with_context(|| {
+            format!("cpa {:?} must be http://<IPv4 address>:<port>: the packet filter lets that address in", self.cpa)
+        })?;
+        Ok(BTreeSet::from([Ipv4Net::from(host), Ipv4Net::new(*self.listen.ip(), 24)?.trunc()]))
     }
 }
 
@@ -144,6 +159,20 @@ mod tests {
         for bad in ["", "wan0\" accept", "a b", "-x", "sixteen-letters-"] {
             assert!(!interface(bad), "{bad:?} was taken");
         }
+    }
+
+    #[test]
+    fn the_cpa_and_the_own_network_reach_the_control_ports_and_a_name_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("edge.toml");
+        let text = "network = \"lyon\"\nlisten = \"198.19.1.1:8442\"\ndns_listen = \"198.19.1.1:53\"\nstate_dir = \"state\"\ntoken_file = \"token\"\ncpa = \"http://198.19.0.1:8440\"\nzone = \"vmatrix.test\"\nuplink = \"wan0\"\n";
+        std::fs::write(&path, text).unwrap();
+        let control: Vec<String> =
+            EdgeFile::read(&path).unwrap().control().unwrap().iter().map(|n| n.to_string()).collect();
+        assert_eq!(control, ["198.19.0.1/32", "198.19.1.0/24"]);
+        std::fs::write(&path, text.replace("198.19.0.1:8440", "cpa.example:8440")).unwrap();
+        let said = format!("{:#}", EdgeFile::read(&path).unwrap_err());
+        assert!(said.contains("edge.toml") && said.contains("cpa.example") && said.contains("IPv4 address"), "{said}");
     }
 
     #[test]

@@ -33,6 +33,8 @@ struct Edge {
     network: NetworkId,
     zone: String,
     rules: Rules,
+    /// Where this daemon itself answers.
+    own: [Ipv4Addr; 2],
     state_dir: PathBuf,
     /// In force; None before the first.
     config: Arc<RwLock<Option<EdgeConfig>>>,
@@ -55,7 +57,8 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
     let edge = Arc::new(Edge {
         network: file.network.clone(),
         zone: file.zone.clone(),
-        rules: Rules { uplink: file.uplink.clone() },
+        rules: Rules { uplink: file.uplink.clone(), control: file.control()? },
+        own: [*file.listen.ip(), *file.dns_listen.ip()],
         config: Arc::new(RwLock::new(state::load(&file.state_dir.join("config.json"))?)),
         steering: RwLock::new(state::load(&file.state_dir.join("steering.json"))?),
         state_dir: file.state_dir.clone(),
@@ -178,12 +181,21 @@ async fn put_config(State(edge): State<Arc<Edge>>, Body(config): Body<EdgeConfig
             "check the address of the edge in vma.toml",
         ));
     }
+    if let Some((name, own)) = config.services.iter().find(|(_, s)| edge.own.contains(&s.vip)) {
+        return Err(Refusal::because(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            format!("public address {} of service {name} is the gateway's own", own.vip),
+            "give the service another: of a public address only declared ports answer, and the gateway's must",
+        ));
+    }
     {
         // Held over the change, so that two configs at once cannot pass each other.
         let mut in_force = edge.config.write().await;
         if newer("edge config", in_force.as_ref().map(|c| (c, c.generation)), (&config, config.generation))? {
-            edge.hold(&config).await?;
+            // Saved first: a disk that is full refuses the config whole, instead of one that is in force
+            // until the next look puts the saved one back.
             state::save(&edge.state_dir.join("config.json"), &config)?;
+            edge.hold(&config).await?;
             *in_force = Some(config);
         }
     }
@@ -205,8 +217,8 @@ async fn put_steering(
         let mut in_force = edge.steering.write().await;
         if newer("steering", in_force.as_ref().map(|s| (s, s.generation)), (&steering, steering.generation))? {
             let known = steering.services.values().filter(|a| !a.is_empty()).count();
-            edge.answers.set(Table::new(&steering));
             state::save(&edge.state_dir.join("steering.json"), &steering)?;
+            edge.answers.set(Table::new(&steering));
             tracing::info!(generation = %steering.generation, serving = known, "answers changed");
             *in_force = Some(steering);
         }

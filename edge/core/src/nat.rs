@@ -13,7 +13,13 @@
 //! 1. `apply(installed, plan(installed, wanted)) = wanted`, and planned again it is empty.
 //! 2. What did not change is not in the transaction: the table is never emptied on the way.
 //! 3. Everything is dropped that no line allows.
+//!
+//! A straggler that another edge sends on comes with that edge's address and would be demand twice, the
+//! second time of the wrong clients. So what is sent on carries [`STRAGGLER`], and what carries it is not
+//! counted. Where a network on the way clears that field it is counted twice; a client that sets it
+//! itself only hides its own demand.
 
+use ipnet::Ipv4Net;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -29,12 +35,16 @@ pub const SLOTS: u32 = 16;
 /// Most ports of one service: more would be a range, and ranges are not offered.
 const PORTS_MAX: usize = 64;
 
-/// Ports of the network's gateway address that answer on the uplink beside DNS: VM agent and edge.
+/// Ports of the network's gateway address that answer on the uplink beside DNS: VM agent and edge. Only to
+/// those that [`Rules::control`] names.
 pub const CONTROL_PORTS: [u16; 2] = [8441, 8442];
 
-/// Connections to DNS (TCP) and the control ports at once, counted over all clients: well under the
-/// descriptors a daemon may have.
+/// Connections to DNS (TCP) at once, counted over all clients, and as many to the control ports: well
+/// under the descriptors a daemon may have.
 const ASKING_MAX: u32 = 512;
+
+/// The DSCP of what one edge sends on to another: of the code points left to local use (RFC 2474, pool 2).
+pub const STRAGGLER: u8 = 0b10_1011;
 
 /// Clients times services whose demand is counted at once; later ones wait until an old entry ages out.
 pub const COUNTED_MAX: u32 = 65_536;
@@ -71,6 +81,9 @@ pub enum Element {
 pub struct Rules {
     /// The interface clients come in by.
     pub uplink: String,
+    /// Who may connect to the control ports by the uplink: the CPA's address, the network's own. The fleet
+    /// token is asked for besides.
+    pub control: BTreeSet<Ipv4Net>,
 }
 
 /// The whole table.
@@ -104,7 +117,7 @@ impl Change {
 ///
 /// # Errors
 /// Two services with one public address, no or too many ports, port 0, a weight outside 1 to 16, more
-/// cells than slots, a cell named twice, or a public address forwarded to itself.
+/// cells than slots, a cell named twice, a public address forwarded to itself, or an address no host can have.
 pub fn wanted(config: &EdgeConfig, rules: Rules) -> Result<Table, Problem> {
     let mut elements = BTreeSet::new();
     let mut owners: BTreeMap<Ipv4Addr, &ServiceId> = BTreeMap::new();
@@ -115,6 +128,10 @@ pub fn wanted(config: &EdgeConfig, rules: Rules) -> Result<Table, Problem> {
                 hint: "send a corrected config; the one in force stays".into(),
             })
         };
+        let named = service.slots.iter().map(|s| s.cell).chain(service.forward_to).chain([service.vip]);
+        if let Some(address) = named.into_iter().find(|a| !is_host(*a)) {
+            return bad(format!("{address} is not an address that a host can have"));
+        }
         if let Some(other) = owners.insert(service.vip, name) {
             return bad(format!("public address {} belongs to service {other} already", service.vip));
         }
@@ -150,6 +167,12 @@ pub fn wanted(config: &EdgeConfig, rules: Rules) -> Result<Table, Problem> {
         }
     }
     Ok(Table { rules: Some(rules), elements })
+}
+
+/// Held by the edge, a loopback address would take the daemons' own way to each other.
+fn is_host(a: Ipv4Addr) -> bool {
+    let [first, ..] = a.octets();
+    !(first == 0 || a.is_loopback() || a.is_link_local() || first >= 224)
 }
 
 /// Shares the slots among the cells by weight: whole parts first, what is left to the largest
@@ -227,8 +250,8 @@ impl Element {
 
 impl fmt::Display for Rules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Rules { uplink } = self;
-        let control = CONTROL_PORTS.map(|p| p.to_string()).join(", ");
+        let Rules { uplink, control } = self;
+        let ports = CONTROL_PORTS.map(|p| p.to_string()).join(", ");
         // Counting stands in the nat chain, which sees the first packet of a connection only: a
         // repeated SYN is no second request.
         write!(
@@ -241,28 +264,43 @@ add set ip {TABLE} elsewhere {{ type ipv4_addr; }}
 add set ip {TABLE} requests {{ type ipv4_addr . ipv4_addr; size {COUNTED_MAX}; flags dynamic,timeout; timeout 10m; counter; }}
 add set ip {TABLE} replies {{ type ipv4_addr . ipv4_addr; size {COUNTED_MAX}; flags dynamic,timeout; timeout 10m; counter; }}
 add chain ip {TABLE} prerouting {{ type nat hook prerouting priority dstnat; policy accept; }}
+add chain ip {TABLE} sent_on {{ type filter hook postrouting priority mangle; policy accept; }}
 add chain ip {TABLE} postrouting {{ type nat hook postrouting priority srcnat; policy accept; }}
 add chain ip {TABLE} forward {{ type filter hook forward priority filter; policy drop; }}
 add chain ip {TABLE} input {{ type filter hook input priority filter; policy drop; }}
 flush chain ip {TABLE} prerouting
+flush chain ip {TABLE} sent_on
 flush chain ip {TABLE} postrouting
 flush chain ip {TABLE} forward
 flush chain ip {TABLE} input
-add rule ip {TABLE} prerouting ip daddr . tcp dport @declared update @requests {{ ip saddr & 255.255.255.0 . ip daddr }}
+add rule ip {TABLE} prerouting iifname \"{uplink}\" ip dscp {STRAGGLER} ip daddr . tcp dport @declared ct mark set {STRAGGLER}
+add rule ip {TABLE} prerouting ct mark != {STRAGGLER} ip daddr . tcp dport @declared update @requests {{ ip saddr & 255.255.255.0 . ip daddr }}
 add rule ip {TABLE} prerouting meta mark set numgen random mod {SLOTS} dnat ip to ip daddr . meta l4proto . th dport . meta mark map @slots
+add rule ip {TABLE} sent_on oifname \"{uplink}\" ct status dnat ct direction original ip daddr @elsewhere ip dscp set {STRAGGLER}
 add rule ip {TABLE} postrouting oifname \"{uplink}\" ct status dnat ip daddr @elsewhere masquerade
-add rule ip {TABLE} forward ct status dnat ct direction reply update @replies {{ ct original ip saddr & 255.255.255.0 . ct original ip daddr }}
+add rule ip {TABLE} forward ct mark != {STRAGGLER} ct status dnat ct direction reply update @replies {{ ct original ip saddr & 255.255.255.0 . ct original ip daddr }}
 add rule ip {TABLE} forward ct state established,related accept
 add rule ip {TABLE} forward ct status dnat accept
 add rule ip {TABLE} input iifname \"lo\" accept
 add rule ip {TABLE} input ct state established,related accept
 add rule ip {TABLE} input ip daddr @vips drop
 add rule ip {TABLE} input iifname \"{uplink}\" icmp type echo-request accept
-add rule ip {TABLE} input iifname \"{uplink}\" tcp dport {{ 53, {control} }} ct state new ct count over {ASKING_MAX} drop
+add rule ip {TABLE} input iifname \"{uplink}\" tcp dport 53 ct state new ct count over {ASKING_MAX} drop
 add rule ip {TABLE} input iifname \"{uplink}\" meta l4proto {{ tcp, udp }} th dport 53 accept
-add rule ip {TABLE} input iifname \"{uplink}\" tcp dport {{ {control} }} accept
 "
-        )
+        )?;
+        // The bound stands behind the address: strangers cannot use it up.
+        for from in control {
+            writeln!(
+                f,
+                "add rule ip {TABLE} input iifname \"{uplink}\" ip saddr {from} tcp dport {{ {ports} }} ct state new ct count over {ASKING_MAX} drop"
+            )?;
+            writeln!(
+                f,
+                "add rule ip {TABLE} input iifname \"{uplink}\" ip saddr {from} tcp dport {{ {ports} }} accept"
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -294,7 +332,7 @@ mod tests {
     }
 
     fn rules() -> Rules {
-        Rules { uplink: "wan0".into() }
+        Rules { uplink: "wan0".into(), control: BTreeSet::from(["198.19.0.1/32".parse().unwrap()]) }
     }
 
     fn shares(slots: &[(u8, u32)]) -> Vec<usize> {
@@ -333,6 +371,11 @@ mod tests {
                 .problem
                 .contains("service s1: public address 198.19.1.100 belongs to service s0")
         );
+        for vip in [[127, 0, 0, 1], [0, 0, 0, 0], [224, 0, 0, 1], [255, 255, 255, 255], [169, 254, 1, 1]] {
+            let odd = EdgeService { vip: vip.into(), ..service(100, &[], None) };
+            let said = wanted(&config(&[odd]), rules()).unwrap_err().problem;
+            assert!(said.contains("is not an address that a host can have"), "{said}");
+        }
         for slots in [&[(2, 0)][..], &[(2, 17)], &[(2, 1), (2, 1)]] {
             assert!(wanted(&config(&[service(100, slots, None)]), rules()).is_err(), "{slots:?} was taken");
         }
@@ -346,6 +389,16 @@ mod tests {
         delete element ip vmatrix_edge slots { 198.19.1.100 . tcp . 80 . 14 }
         add element ip vmatrix_edge slots { 198.19.1.100 . tcp . 80 . 14 : 100.64.0.6 . 80 }
         ");
+    }
+
+    #[test]
+    fn the_control_ports_answer_only_those_who_are_named() {
+        let text = rules().to_string();
+        let lines: Vec<&str> = text.lines().filter(|l| l.contains("8442") && l.ends_with("accept")).collect();
+        assert_eq!(
+            lines,
+            ["add rule ip vmatrix_edge input iifname \"wan0\" ip saddr 198.19.0.1/32 tcp dport { 8441, 8442 } accept"]
+        );
     }
 
     fn services() -> impl Strategy<Value = Vec<EdgeService>> {

@@ -157,6 +157,11 @@ impl Daemons {
             .collect()
     }
 
+    /// Each program with the file it logs to.
+    pub fn logs(&self) -> Vec<(String, PathBuf)> {
+        lock(&self.state).kept.iter().map(|k| (k.program.name.clone(), k.program.log.clone())).collect()
+    }
+
     /// Ends all programs, the last started first: SIGTERM, patience, SIGKILL.
     pub fn end(&mut self) {
         self.stop = None;

@@ -1,7 +1,7 @@
 //! A door into the lab: a port of this machine that leads to an address inside a namespace.
 //!
 //! ```text
-//! browser ─▶ 127.0.0.1:8440 (here) ─▶ a thread inside the origin ─▶ 198.19.0.1:8440 (the CPA)
+//! browser ─▶ 127.0.0.1:8440 (here) ─▶ a thread inside the origin ─▶ 127.0.0.1:8439 there (the CPA)
 //! ```
 
 use crate::namespace::Namespace;

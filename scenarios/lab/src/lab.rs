@@ -9,8 +9,9 @@ use crate::daemons::{Daemons, Program};
 use crate::forward::Forwarder;
 use crate::layout::{self, CPA_PORT, Place};
 use crate::namespace::{Namespace, ip_batch};
+use crate::outcome::NotInTime;
 use crate::place::{self, LabState};
-use crate::{needs, wan::WanConfig};
+use crate::{logs, needs, wan::WanConfig};
 use anyhow::{Context, bail};
 use nix::sys::signal::Signal;
 use std::collections::{BTreeMap, BTreeSet};
@@ -110,7 +111,7 @@ impl Lab {
         going: &dyn Fn() -> anyhow::Result<()>,
     ) -> anyhow::Result<Lab> {
         let fleet = &scenario.fleet;
-        needs::check(fleet.services.iter().any(|s| s.backend.is_some()))?;
+        needs::check_for(fleet)?;
         for id in place::dead() {
             options.step(format!("lab {id} was not ended properly; `vmatrix lab down {id}` removes what it left"));
         }
@@ -158,8 +159,7 @@ impl Lab {
         match built {
             Ok(()) => Ok(lab),
             Err(error) => {
-                let troubles = lab.daemons.troubles();
-                let error = if troubles.is_empty() { error } else { error.context(troubles.join("\n")) };
+                let error = if going().is_ok() { lab.explained(error) } else { error };
                 match lab.down() {
                     Ok(()) => Err(error),
                     Err(also) => Err(error.context(format!("{also:#}"))),
@@ -212,8 +212,7 @@ impl Lab {
             going()?;
         }
 
-        let cpa = fleet.gateway(&fleet.origin.name).context("the origin has no gateway")?;
-        let door = Forwarder::open(options.port, &origin, SocketAddrV4::new(cpa, CPA_PORT))?;
+        let door = Forwarder::open(options.port, &origin, layout::PAGE)?;
         self.dashboard = door.address();
         self.door = Some(door);
         if self.dashboard.port() != options.port {
@@ -260,7 +259,8 @@ impl Lab {
         let (_never, tick) = channel::<()>();
         while !config.stats_file.exists() {
             if Instant::now() > deadline {
-                bail!("the WAN emulator is not up after {} s: {}", WAN_PATIENCE.as_secs(), program.last_words());
+                let what = format!("the WAN emulator: {}", program.last_words());
+                return Err(NotInTime { what, patience: WAN_PATIENCE }.into());
             }
             let _ = tick.recv_timeout(Duration::from_millis(20));
         }
@@ -270,6 +270,17 @@ impl Lab {
     /// Begins the capture of the WAN.
     pub fn capture(&self) -> bool {
         self.daemons.signal(WAN, Signal::SIGUSR1)
+    }
+
+    /// Adds to `error` the last words of daemons that do not run, and where all their logs are kept.
+    pub fn explained(&self, error: anyhow::Error) -> anyhow::Error {
+        let troubles = self.daemons.troubles();
+        let error = if troubles.is_empty() { error } else { error.context(troubles.join("\n")) };
+        match logs::keep(&self.place, &self.daemons.logs()) {
+            Ok(None) => error,
+            Ok(Some(folder)) => error.context(format!("the daemons' logs are kept in {}", folder.display())),
+            Err(e) => error.context(format!("the daemons' logs are lost ({e:#})")),
+        }
     }
 
     /// Takes everything down.

@@ -19,6 +19,8 @@ use vmatrix_replay::scenario::{Daemon, Scenario};
 pub const UPLINK: &str = "wan0";
 /// Where the CPA listens, at the origin's gateway.
 pub const CPA_PORT: u16 = 8440;
+/// Where the CPA listens for people of its own machine: the page needs no token there.
+pub const PAGE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8439);
 /// Where a VM agent listens, at its network's gateway.
 pub const VMA_PORT: u16 = 8441;
 /// Where an edge listens for its configuration.
@@ -301,6 +303,7 @@ pub fn daemons(fleet: &Fleet, place: &Place, signers: &[String]) -> anyhow::Resu
         "cpa",
         json!({
             "listen": listen(origin, CPA_PORT),
+            "page_listen": PAGE.to_string(),
             "fleet_file": place.folder.join("fleet.toml"),
             "images": url(origin, ORIGIN_PORT),
             "tick_ms": 500,

@@ -8,12 +8,11 @@
 //! its child a mount namespace of its own, in which the cells a machine makes would be invisible
 //! to everyone else.
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use nix::sched::{CloneFlags, setns};
 use std::fs::File;
-use std::io::Write;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use vmatrix_vma_image::netns;
 
 /// Where `ip netns` keeps namespaces.
 const FOLDER: &str = "/run/netns";
@@ -35,7 +34,7 @@ impl Namespace {
 
     /// The file that holds it open.
     pub fn path(&self) -> PathBuf {
-        PathBuf::from(FOLDER).join(&self.0)
+        netns::path(&self.0)
     }
 
     /// Makes it, with `lo` up, IPv4 forwarding on, IPv6 off.
@@ -72,16 +71,7 @@ impl Namespace {
     /// # Errors
     /// It cannot be entered.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> anyhow::Result<T> {
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                self.enter()?;
-                Ok(work())
-            });
-            match thread.join() {
-                Ok(result) => result,
-                Err(_) => bail!("work inside namespace {} panicked", self.0),
-            }
-        })
+        netns::enter(&self.path(), work).with_context(|| format!("namespace {}", self.0))
     }
 
     /// Removes it; what is inside goes once the last process has left.
@@ -122,23 +112,6 @@ const SYSCTLS: [(&str, &str); 6] = [
 /// # Errors
 /// With what `ip` said about the first line it refused.
 pub fn ip_batch(inside: Option<&Namespace>, lines: &str) -> anyhow::Result<()> {
-    let mut command = Command::new("ip");
-    if let Some(namespace) = inside {
-        command.args(["-n", namespace.name()]);
-    }
-    let mut child = command
-        .args(["-batch", "-"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("cannot run ip\n\nhint: apt-get install iproute2")?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(lines.as_bytes()).context("cannot write to ip")?;
-    }
-    let output = child.wait_with_output().context("cannot wait for ip")?;
-    if !output.status.success() {
-        bail!("ip refused {:?}: {}", lines.trim(), String::from_utf8_lossy(&output.stderr).trim());
-    }
-    Ok(())
+    let lines: Vec<String> = lines.lines().map(str::to_owned).collect();
+    Ok(netns::ip_batch(inside.map(Namespace::name), &lines)?)
 }

@@ -222,6 +222,16 @@ pub fn dead() -> Vec<String> {
     ids().into_iter().filter(|id| !alive.contains(id)).collect()
 }
 
+/// The labs that are up, and those that were not ended properly, one line each.
+pub fn status() -> Vec<String> {
+    let written = states()
+        .into_iter()
+        .filter(LabState::alive)
+        .map(|s| format!("{}  up  {}  {}  process {}", s.id, s.scenario, s.dashboard, s.pid));
+    let dead = dead().into_iter().map(|id| format!("{id}  dead  `vmatrix lab down {id}` removes what it left"));
+    written.chain(dead).collect()
+}
+
 /// Ends labs: a living one is asked to end itself, what a dead one left is removed. Without `id`, all
 /// that are written down, and everything dead. Answers the ids that were ended.
 ///

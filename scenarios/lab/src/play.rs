@@ -1,26 +1,28 @@
 //! Plays a scenario: brings a lab up, lets the crowd loose, records, checks, takes everything down.
 //!
 //! ```text
-//! up ─▶ staged, serving at home ─▶ knock ─▶ clients ∥ orders ∥ faults ∥ watching ─▶ dormant again ─▶ scan ─▶ down
+//! up ─▶ staged, serving at home ─▶ knock ─▶ clients ∥ orders ∥ faults ∥ watching ─▶ dormant again ─▶ scan
+//!    ─▶ the outcome is told ─▶ (kept up) ─▶ down
 //! ```
 
 use crate::clients::{ClientRegion, Clients, regions};
 use crate::cpa::Cpa;
 use crate::lab::{Lab, PlayOptions, Told};
+use crate::outcome::{ChecksFailed, LeftBehind, NotInTime, shortfalls};
+use crate::stop::{going, interrupted};
 use crate::wan::WanStats;
 use crate::watch::Watched;
-use crate::{leftovers, place, probe, scan};
+use crate::{leftovers, probe, scan};
 use anyhow::{Context, bail};
 use std::net::Ipv4Addr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use vmatrix_model::plan::{Cause, Decision};
 use vmatrix_model::wire::Order;
 use vmatrix_model::{NetworkId, Span, Time};
 use vmatrix_replay::arrivals::arrivals;
-use vmatrix_replay::recording::{Recording, Request, StepAt};
+use vmatrix_replay::recording::{Ports, Recording, Request, StepAt};
 use vmatrix_replay::scenario::{Daemon, Fault, Scenario};
 
 /// Until every image is at every network and every service serves at home.
@@ -34,37 +36,36 @@ const FLUSH: Duration = Duration::from_millis(2000);
 /// Lines of explanation kept.
 const EXPLAIN_MAX: usize = 200;
 
-/// A play that went through and whose checks did not all hold.
-#[derive(Debug, thiserror::Error)]
-#[error("the play broke its promises:\n- {}", failures.join("\n- "))]
-pub struct ChecksFailed {
-    /// One sentence each.
-    pub failures: Vec<String>,
-    /// What was recorded nevertheless.
-    pub recording: Box<Recording>,
-}
-
 /// Plays `scenario` for real. Blocks; not to be called from inside a runtime. SIGINT and SIGTERM take
 /// everything down and end it with an error.
 ///
+/// `tell` gets the outcome while the lab is still up, so that it is told before the lab is kept up for
+/// hours; what it makes of the outcome is the result. It is not called if the lab did not come up.
+///
 /// # Errors
-/// Something is missing on this machine, a step failed, or [`ChecksFailed`].
-pub fn play(scenario: &Scenario, options: PlayOptions) -> anyhow::Result<Recording> {
+/// [`Missing`](crate::needs::Missing), [`NotInTime`], [`ChecksFailed`], [`LeftBehind`], or the step that failed.
+pub fn play<T>(
+    scenario: &Scenario,
+    options: &PlayOptions,
+    tell: impl FnOnce(anyhow::Result<Recording>) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("no runtime")?;
     let before = leftovers::look(None);
-    let (recording, mut failures, id) = runtime.block_on(async {
+    let (told, id) = runtime.block_on(async {
         let stop = interrupted()?;
-        let lab = Lab::up(scenario, &options, &|| going(&stop))?;
+        let lab = Lab::up(scenario, options, &|| going(&stop))?;
         let id = lab.place.id.clone();
-        let mut play = Play::new(scenario, &options, &lab, stop.clone())?;
+        let play = Play::new(scenario, options, &lab, stop.clone())?;
         let mut stopped = stop.clone();
         let result = tokio::select! {
             result = play.run() => result,
             _ = stopped.wait_for(|s| *s) => going(&stop).map(|()| Recording::default()),
         };
-        let failures = std::mem::take(&mut play.failures);
-        let troubles = lab.daemons.troubles();
+        let result = result.and_then(|recording| play.judged(recording));
+        // Whoever pressed Ctrl-C knows why.
+        let result = result.map_err(|e| if *stop.borrow() { e } else { lab.explained(e) });
+        let told = tell(result);
         if options.keep && !*stop.borrow() {
             options
                 .step(format!("the lab stays up at http://{}/ until Ctrl-C or `vmatrix lab down {id}`", lab.dashboard));
@@ -72,21 +73,16 @@ pub fn play(scenario: &Scenario, options: PlayOptions) -> anyhow::Result<Recordi
         }
         options.step("taking the lab down");
         let ended = lab.down();
-        let recording = result.map_err(|e| if troubles.is_empty() { e } else { e.context(troubles.join("\n")) })?;
+        // What went wrong first is what matters.
+        let told = told?;
         ended?;
-        anyhow::Ok((recording, failures, id))
+        anyhow::Ok((told, id))
     })?;
-    failures.extend(
-        leftovers::diff(&before, &leftovers::look(Some(&id))).into_iter().map(|left| format!("left behind: {left}")),
-    );
-    if failures.is_empty() {
-        Ok(recording)
-    } else {
-        Err(ChecksFailed { failures, recording: Box::new(recording) }.into())
-    }
+    let left = leftovers::diff(&before, &leftovers::look(Some(&id)));
+    if left.is_empty() { Ok(told) } else { Err(LeftBehind { id, left }.into()) }
 }
 
-/// Brings a lab up without a crowd and keeps it up until SIGINT, SIGTERM or [`place::down`].
+/// Brings a lab up without a crowd and keeps it up until SIGINT, SIGTERM or [`down`](crate::down).
 ///
 /// # Errors
 /// As [`play`].
@@ -102,34 +98,11 @@ pub fn up(scenario: &Scenario, options: PlayOptions) -> anyhow::Result<()> {
     })
 }
 
-/// The labs that are up, and those that were not ended properly, one line each.
-pub fn status() -> Vec<String> {
-    let written = place::states()
-        .into_iter()
-        .filter(place::LabState::alive)
-        .map(|s| format!("{}  up  {}  {}  process {}", s.id, s.scenario, s.dashboard, s.pid));
-    let dead = place::dead().into_iter().map(|id| format!("{id}  dead  `vmatrix lab down {id}` removes what it left"));
-    written.chain(dead).collect()
-}
-
-/// Becomes true at the first SIGINT or SIGTERM.
-fn interrupted() -> anyhow::Result<watch::Receiver<bool>> {
-    let (mut int, mut term) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    let (stop, stopped) = watch::channel(false);
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = int.recv() => {}
-            _ = term.recv() => {}
-        }
-        let _ = stop.send(true);
-        // The channel stays open, so that waiting for it never ends by itself.
-        stop.closed().await;
-    });
-    Ok(stopped)
-}
-
-fn going(stop: &watch::Receiver<bool>) -> anyhow::Result<()> {
-    if *stop.borrow() { bail!("interrupted; everything was taken down") } else { Ok(()) }
+/// What the capture of the WAN held.
+#[derive(Default)]
+struct Seen {
+    canary_bytes: u64,
+    control: u64,
 }
 
 struct Play<'a> {
@@ -144,7 +117,9 @@ struct Play<'a> {
     explain: Mutex<Vec<String>>,
     notes: Mutex<Vec<String>>,
     steps: Mutex<Vec<StepAt>>,
-    failures: Vec<String>,
+    ports: Mutex<Ports>,
+    /// What broke a promise, one sentence each.
+    failures: Mutex<Vec<String>>,
 }
 
 impl<'a> Play<'a> {
@@ -166,11 +141,12 @@ impl<'a> Play<'a> {
             explain: Mutex::default(),
             notes: Mutex::default(),
             steps: Mutex::default(),
-            failures: Vec::new(),
+            ports: Mutex::default(),
+            failures: Mutex::default(),
         })
     }
 
-    async fn run(&mut self) -> anyhow::Result<Recording> {
+    async fn run(&self) -> anyhow::Result<Recording> {
         self.until_ready().await?;
         self.knock()?;
         if self.options.capture && !self.lab.capture() {
@@ -182,16 +158,13 @@ impl<'a> Play<'a> {
         self.read_back()?;
         let returned_to_dormant = self.until_dormant().await;
         self.explain_all().await;
-        let plaintext_bytes_on_wan = if self.options.capture { self.scan().await? } else { 0 };
+        let seen = if self.options.capture { self.scan().await? } else { Seen::default() };
         self.note_crashes();
 
-        let (writes, lost_writes, across) = {
+        let (writes, lost_writes, read_across) = {
             let ledger = self.clients.ledger();
             (ledger.writes(), ledger.lost(), ledger.across())
         };
-        if writes > 0 {
-            self.note(format!("{across} reads found a write through another network than it was written through"));
-        }
         let watched = lock(&self.watched);
         let (instances, decisions) = watched.since(start);
         Ok(Recording {
@@ -204,7 +177,10 @@ impl<'a> Play<'a> {
             returned_to_dormant,
             writes,
             lost_writes,
-            plaintext_bytes_on_wan,
+            read_across,
+            plaintext_bytes_on_wan: seen.canary_bytes,
+            control_seen: seen.control,
+            ports: *lock(&self.ports),
             explain: lock(&self.explain).clone(),
             notes: lock(&self.notes).clone(),
         })
@@ -228,12 +204,7 @@ impl<'a> Play<'a> {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!(
-                    "not ready after {} s: {}\n\nhint: the daemons' logs are in {}; `--keep` keeps them",
-                    READY_PATIENCE.as_secs(),
-                    waits.join("; "),
-                    self.lab.place.folder.display()
-                );
+                return Err(NotInTime { what: waits.join("; "), patience: READY_PATIENCE }.into());
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -273,17 +244,19 @@ impl<'a> Play<'a> {
         }
     }
 
-    fn knock(&mut self) -> anyhow::Result<()> {
+    /// While every service serves at home, so that cells have neighbours.
+    fn knock(&self) -> anyhow::Result<()> {
         let fleet = &self.scenario.fleet;
         let Some(region) = self.regions.first() else { return Ok(()) };
         let outside = probe::from_region(fleet, &region.namespace)?;
         let snapshot = lock(&self.watched).latest.clone().context("the CPA has not answered")?;
         let inside = probe::from_cells(&self.lab.place, &snapshot, &self.lab.listening)?;
-        self.note(format!(
-            "{} undeclared ports were tried from {} and {} from neighbouring cells",
-            outside.tried, region.name, inside.tried
-        ));
-        self.failures.extend(
+        *lock(&self.ports) = Ports {
+            tried_from_wan: outside.tried as u64,
+            tried_from_cells: inside.tried as u64,
+            answered: (outside.answered.len() + inside.answered.len()) as u64,
+        };
+        lock(&self.failures).extend(
             outside.answered.into_iter().chain(inside.answered).map(|a| format!("{a}, although nothing declares it")),
         );
         Ok(())
@@ -344,7 +317,9 @@ impl<'a> Play<'a> {
                 Ok(decision) => self
                     .options
                     .step(format!("an operator's order for {} became {}", timed.service, decision.generation)),
-                Err(e) => self.note(format!("the order for {} at {} s failed: {e:#}", timed.service, timed.at_s)),
+                Err(e) => {
+                    self.fail(format!("the order for {} at {} s was not carried out: {e:#}", timed.service, timed.at_s))
+                }
             }
         }
         std::future::pending::<()>().await;
@@ -380,7 +355,7 @@ impl<'a> Play<'a> {
     }
 
     /// Reads every write through every network that serves, while more than one may.
-    fn read_back(&mut self) -> anyhow::Result<()> {
+    fn read_back(&self) -> anyhow::Result<()> {
         let fleet = &self.scenario.fleet;
         let Some(region) = self.regions.last() else { return Ok(()) };
         for service in &fleet.services {
@@ -418,8 +393,8 @@ impl<'a> Play<'a> {
         }
     }
 
-    /// Bytes of the canary in the capture.
-    async fn scan(&mut self) -> anyhow::Result<u64> {
+    /// Looks for the canary and the control in the capture.
+    async fn scan(&self) -> anyhow::Result<Seen> {
         tokio::time::sleep(FLUSH).await;
         let stats: WanStats = std::fs::read(self.lab.place.stats_file())
             .map_err(anyhow::Error::from)
@@ -432,12 +407,27 @@ impl<'a> Play<'a> {
         let (canary, control) = (found.first().copied().unwrap_or(0), found.get(1).copied().unwrap_or(0));
         self.note(format!("{} packets were captured; the control was seen {control} times", stats.captured));
         if stats.capture_full {
-            self.failures.push("the capture ran full, so the end of the play was not looked at".into());
+            self.fail("the capture ran full, so the end of the play was not looked at".into());
         }
         if control == 0 && self.clients.any_plain() {
-            self.failures.push("the capture is blind: the control, which was sent unencrypted, is not in it".into());
+            self.fail("the capture is blind: the control, which was sent unencrypted, is not in it".into());
         }
-        Ok(canary * self.clients.canary.len() as u64)
+        Ok(Seen { canary_bytes: canary * self.clients.canary.len() as u64, control })
+    }
+
+    fn fail(&self, line: String) {
+        lock(&self.failures).push(line);
+    }
+
+    /// The recording, if the play kept its promises.
+    fn judged(&self, recording: Recording) -> anyhow::Result<Recording> {
+        let mut failures = std::mem::take(&mut *lock(&self.failures));
+        failures.extend(shortfalls(&recording));
+        if failures.is_empty() {
+            Ok(recording)
+        } else {
+            Err(ChecksFailed { failures, recording: Box::new(recording) }.into())
+        }
     }
 
     fn note(&self, line: String) {
@@ -445,9 +435,9 @@ impl<'a> Play<'a> {
     }
 
     /// Daemons that ended by themselves; for the emulator that is a failure, for its capture has a gap.
-    fn note_crashes(&mut self) {
+    fn note_crashes(&self) {
         let notes = self.lab.daemons.notes();
-        self.failures.extend(
+        lock(&self.failures).extend(
             notes.iter().filter(|n| n.starts_with("wan ")).map(|n| format!("{n}; part of the play was not captured")),
         );
         lock(&self.notes).extend(notes);

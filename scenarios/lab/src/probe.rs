@@ -38,9 +38,8 @@ pub struct Knocked {
 pub fn from_region(fleet: &Fleet, region: &Namespace) -> anyhow::Result<Knocked> {
     let mut doors = BTreeSet::new();
     for network in &fleet.networks {
-        // Two ports of a gateway do answer: the CPA is across the WAN, and the fleet token guards them.
-        let closed = USUAL.into_iter().filter(|p| ![VMA_PORT, EDGE_PORT].contains(p));
-        doors.extend(closed.map(|port| SocketAddrV4::new(host(network.prefix, 1), port)));
+        // The agents' own ports are among them: they answer the CPA's address and their own network only.
+        doors.extend(USUAL.map(|port| SocketAddrV4::new(host(network.prefix, 1), port)));
         for service in &fleet.services {
             let Some(vip) = fleet.vip(&service.name, &network.name) else { continue };
             doors.extend(USUAL.iter().filter(|p| !service.ports.contains(p)).map(|port| SocketAddrV4::new(vip, *port)));

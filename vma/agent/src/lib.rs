@@ -14,6 +14,7 @@
 pub mod config;
 pub mod error;
 mod http;
+mod knock;
 pub mod machine;
 mod vma;
 

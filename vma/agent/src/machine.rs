@@ -3,7 +3,7 @@
 //! ```text
 //!  POST /v1/step ─▶ one at a time per instance ─▶ cell │ stage │ vm ─▶ outcome, with a fresh look
 //!  GET  /v1/seen ─▶ records + processes + images ─▶ what there is
-//!  each second   ─▶ subscribes to the VM agent; minds tunnels and health
+//!  each second   ─▶ subscribes to the VM agent; minds tunnels, health, newer images
 //! ```
 //!
 //! VMs and tunnels are processes of their own: when this daemon dies they go on, and when it begins
@@ -61,10 +61,17 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
     let token = config::token(&config.token_file)?;
     let machine = Arc::new(Machine::new(config, &token)?);
     tracing::info!(machine = %machine.config.name, listen = %machine.config.listen, accelerator = machine.host.accelerator, qemu = machine.host.qemu_version, cells = machine.records.all().len(), "machine begins");
+    for stray in machine.records.strays() {
+        machine
+            .take_down(stray)
+            .await
+            .with_context(|| format!("cannot take down cell {stray}, whose record cannot be read"))?;
+    }
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(mind::subscribe(machine.clone()));
     tasks.spawn(mind::health(machine.clone()));
     tasks.spawn(mind::tunnels(machine.clone()));
+    tasks.spawn(mind::renew(machine.clone()));
     let routes = Router::new().route("/v1/step", post(step)).route("/v1/seen", get(seen)).with_state(machine.clone());
     http::serve(machine.config.listen, &token, routes).await
 }

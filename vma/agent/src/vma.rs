@@ -3,13 +3,13 @@
 //! ```text
 //!  PUT assignment, POST machines ─┐                    ┌─▶ a task per step   POST /v1/step
 //!  looks at machines, edge seen ──┼─▶ one task: Vma ───┼─▶ edge task         PUT  /v1/config
-//!  step outcomes, ticks ──────────┘                    └─▶ CPA task          POST /v1/inventory
+//!  step outcomes, ticks, knocks ──┘                    └─▶ CPA task          POST /v1/inventory
 //! ```
 
 use crate::config::{self, VmaConfig};
 use crate::error::Error;
 use crate::http::{self, Client, Refusal, USUAL};
-use crate::{now, replace};
+use crate::{knock, now, replace};
 use anyhow::Context;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -22,22 +22,28 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
-use vmatrix_model::MachineId;
-use vmatrix_model::assignment::Assignment;
+use vmatrix_model::assignment::{Assignment, ServiceShare};
 use vmatrix_model::edge_config::{EdgeConfig, EdgeSeen};
 use vmatrix_model::inventory::Inventory;
 use vmatrix_model::wire::Subscription;
-use vmatrix_vma_core::Vma;
+use vmatrix_model::{MachineId, ServiceId};
 use vmatrix_vma_core::steps::{Command, Event, Fault, Outcome, Seen, Step};
+use vmatrix_vma_core::{Doubt, Vma};
 
 /// Between looks while something is on its way.
 const LOOK_BUSY: Duration = Duration::from_millis(200);
 /// Between looks otherwise.
 const LOOK_IDLE: Duration = Duration::from_secs(1);
+/// A look is some reading of /proc. One machine that hangs holds up the looks at all others for so long.
+const LOOK_LIMIT: Duration = Duration::from_secs(2);
 /// Events waiting for the core: a look, a step and a subscription of each of a hundred machines.
 const EVENTS_MAX: usize = 300;
 /// A step is given up after so long; the machine itself gives up a resume before that.
 const STEP_LIMIT: Duration = Duration::from_secs(80);
+/// Most instances of a service: an edge shares a public address among so many.
+const INSTANCES_MAX: u32 = 16;
+/// Most ports of a service, as at the edge.
+const PORTS_MAX: usize = 64;
 /// Most machines of a network; the assignment of one more is refused.
 const MACHINES_MAX: usize = 256;
 
@@ -59,6 +65,15 @@ struct Shared {
     edge: watch::Sender<Option<EdgeConfig>>,
     inventory: watch::Sender<Option<Inventory>>,
     busy: watch::Sender<bool>,
+    doubts: watch::Sender<Vec<Doubt>>,
+}
+
+/// What survives a restart, as last written: the assignment in force, and the shares of services that
+/// left it and still drain.
+struct Kept {
+    dir: PathBuf,
+    assignment: Option<Assignment>,
+    leaving: BTreeMap<ServiceId, ServiceShare>,
 }
 
 impl Shared {
@@ -87,7 +102,7 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
     let token = config::token(&config.token_file)?;
     std::fs::create_dir_all(&config.state_dir)
         .map_err(|source| Error::State { path: config.state_dir.clone(), source })?;
-    let saved = config.state_dir.join("assignment.json");
+    let kept = Kept::read(&config.state_dir);
     let (to_core, events) = mpsc::channel(EVENTS_MAX);
     let shared = Arc::new(Shared {
         client: Client::new(&token)?,
@@ -96,12 +111,14 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
         edge: watch::Sender::new(None),
         inventory: watch::Sender::new(None),
         busy: watch::Sender::new(false),
+        doubts: watch::Sender::new(Vec::new()),
         config,
     });
-    let assignment = read_assignment(&saved);
-    tracing::info!(network = %shared.config.network, listen = %shared.config.listen, generation = ?assignment.as_ref().map(|a| a.generation), "VM agent begins");
+    tracing::info!(network = %shared.config.network, listen = %shared.config.listen, generation = ?kept.assignment.as_ref().map(|a| a.generation), "VM agent begins");
     let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(decide(shared.clone(), events, saved, assignment));
+    let (knocks, answers) = mpsc::channel(EVENTS_MAX);
+    tasks.spawn(knock::run(shared.doubts.subscribe(), knocks));
+    tasks.spawn(decide(shared.clone(), events, answers, kept));
     tasks.spawn(look_at_machines(shared.clone()));
     tasks.spawn(tell_edge(shared.clone()));
     tasks.spawn(tell_cpa(shared.clone()));
@@ -113,77 +130,121 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
     http::serve(shared.config.listen, &token, routes).await
 }
 
-/// The last good assignment, if it can be read: the data plane goes on without the CPA.
-fn read_assignment(path: &Path) -> Option<Assignment> {
-    let text = std::fs::read(path).ok()?;
-    serde_json::from_slice(&text).inspect_err(|e| tracing::warn!(path = %path.display(), error = %e, "the saved assignment cannot be read; waiting for the CPA's")).ok()
-}
-
 async fn decide(
     shared: Arc<Shared>,
     mut messages: mpsc::Receiver<Message>,
-    saved: PathBuf,
-    assignment: Option<Assignment>,
+    mut answers: mpsc::Receiver<Event>,
+    mut kept: Kept,
 ) {
-    let mut vma = Vma::new(shared.config.network.clone());
-    if let Some(a) = assignment {
+    let mut vma = Vma::with_leaving(shared.config.network.clone(), kept.leaving.clone());
+    if let Some(a) = kept.assignment.clone() {
         act(&shared, vma.handle(now(), Event::Assignment(a)));
     }
+    let mut unwritten = false;
     loop {
         let pause = if vma.is_busy() { LOOK_BUSY } else { LOOK_IDLE };
-        let commands = match tokio::time::timeout(pause, messages.recv()).await {
-            Err(_) => vma.handle(now(), Event::Tick),
-            Ok(None) => return,
-            Ok(Some(Message::Event(event))) => vma.handle(now(), *event),
-            Ok(Some(Message::Assign(assignment, answer))) => {
-                let generation = assignment.generation;
-                let old = vma.assignment().map(|a| a.generation);
-                // Saved before it is acknowledged: what the CPA believes must survive a crash here.
-                let stale = old.is_some_and(|old| generation < old);
-                let kept = if stale { Ok(()) } else { save(&saved, &assignment) };
-                match kept {
-                    Err(e) => {
-                        let _ = answer.send(Err(Refusal::new(
-                            StatusCode::INSUFFICIENT_STORAGE,
-                            format!("the assignment cannot be saved: {e:#}"),
-                            "free some space at the VM agent",
-                        )));
-                        continue;
-                    }
-                    Ok(()) if stale => {
-                        let problem = format!(
-                            "assignment {generation} is older than {}, which is in force",
-                            old.unwrap_or_default()
-                        );
-                        let _ = answer.send(Err(Refusal::new(
-                            StatusCode::CONFLICT,
-                            problem,
-                            "send one made from the present placement",
-                        )));
-                        continue;
-                    }
-                    Ok(()) => {
-                        if old != Some(generation) {
-                            tracing::info!(%generation, services = assignment.services.len(), "assignment");
-                        }
-                        let commands = vma.handle(now(), Event::Assignment(*assignment));
-                        let _ = answer.send(Ok(()));
-                        commands
-                    }
-                }
-            }
+        let message = tokio::select! {
+            message = messages.recv() => match message {
+                Some(message) => message,
+                None => return,
+            },
+            Some(event) = answers.recv() => Message::Event(Box::new(event)),
+            () = tokio::time::sleep(pause) => Message::Event(Box::new(Event::Tick)),
         };
+        let commands = match message {
+            Message::Event(event) => vma.handle(now(), *event),
+            Message::Assign(assignment, answer) => match accept(&vma, &mut kept, &assignment) {
+                Ok(()) => {
+                    let commands = vma.handle(now(), Event::Assignment(*assignment));
+                    let _ = answer.send(Ok(()));
+                    commands
+                }
+                Err(refusal) => {
+                    let _ = answer.send(Err(refusal));
+                    continue;
+                }
+            },
+        };
+        match kept.leave(vma.leaving().clone()) {
+            Ok(()) => unwritten = false,
+            Err(e) if !std::mem::replace(&mut unwritten, true) => {
+                tracing::warn!(error = format!("{e:#}"), "what drains will be given an ordinary drain after a restart");
+            }
+            Err(_) => {}
+        }
         shared.busy.send_if_modified(|busy| std::mem::replace(busy, vma.is_busy()) != vma.is_busy());
+        let doubts = vma.doubts();
+        shared.doubts.send_if_modified(|old| {
+            *old != doubts && {
+                *old = doubts;
+                true
+            }
+        });
         act(&shared, commands);
     }
 }
 
-fn save(path: &Path, assignment: &Assignment) -> anyhow::Result<()> {
-    let text = serde_json::to_vec_pretty(assignment)?;
-    if std::fs::read(path).is_ok_and(|old| old == text) {
-        return Ok(());
+/// Refuses an assignment that is older than the one in force, and writes down any other before it is
+/// acknowledged: what the CPA believes must survive a crash here.
+fn accept(vma: &Vma, kept: &mut Kept, assignment: &Assignment) -> Result<(), Refusal> {
+    let (old, generation) = (vma.assignment().map(|a| a.generation), assignment.generation);
+    if let Some(in_force) = old.filter(|old| generation < *old) {
+        return Err(Refusal::new(
+            StatusCode::CONFLICT,
+            format!("assignment {generation} is older than {in_force}, which is in force"),
+            "send one made from the present placement",
+        ));
     }
-    replace(path, &text).with_context(|| format!("cannot write {}", path.display()))
+    // First what leaves: written after, a crash between the two would forget it.
+    let written = kept.leave(vma.leaving_after(assignment)).and_then(|()| kept.assign(assignment));
+    written.map_err(|e| {
+        Refusal::new(
+            StatusCode::INSUFFICIENT_STORAGE,
+            format!("the assignment cannot be saved: {e:#}"),
+            "free some space at the VM agent",
+        )
+    })?;
+    if old != Some(generation) {
+        tracing::info!(%generation, services = assignment.services.len(), "assignment");
+    }
+    Ok(())
+}
+
+impl Kept {
+    /// What can be read; the data plane goes on without the CPA.
+    fn read(dir: &Path) -> Kept {
+        let leaving = read(&dir.join("leaving.json")).unwrap_or_default();
+        Kept { dir: dir.to_owned(), assignment: read(&dir.join("assignment.json")), leaving }
+    }
+
+    fn assign(&mut self, assignment: &Assignment) -> anyhow::Result<()> {
+        if self.assignment.as_ref() != Some(assignment) {
+            write(&self.dir.join("assignment.json"), assignment)?;
+            self.assignment = Some(assignment.clone());
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self, leaving: BTreeMap<ServiceId, ServiceShare>) -> anyhow::Result<()> {
+        if self.leaving != leaving {
+            write(&self.dir.join("leaving.json"), &leaving)?;
+            self.leaving = leaving;
+        }
+        Ok(())
+    }
+}
+
+fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+    let text = std::fs::read(path).ok()?;
+    let read = serde_json::from_slice(&text);
+    read.inspect_err(
+        |e| tracing::warn!(path = %path.display(), error = %e, "what was saved cannot be read; waiting for the CPA"),
+    )
+    .ok()
+}
+
+fn write(path: &Path, value: &impl serde::Serialize) -> anyhow::Result<()> {
+    replace(path, &serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn act(shared: &Arc<Shared>, commands: Vec<Command>) {
@@ -235,7 +296,9 @@ async fn look_at_machines(shared: Arc<Shared>) {
 }
 
 async fn look(shared: Arc<Shared>, address: SocketAddrV4) {
-    match shared.client.get::<Seen>(&format!("http://{address}/v1/seen")).await {
+    let url = format!("http://{address}/v1/seen");
+    let seen = tokio::time::timeout(LOOK_LIMIT, shared.client.get::<Seen>(&url)).await;
+    match seen.unwrap_or_else(|_| Err(anyhow::anyhow!("{url} did not answer within {} s", LOOK_LIMIT.as_secs()))) {
         Ok(seen) => shared.hear(Event::Seen(seen)).await,
         Err(e) => tracing::debug!(%address, error = format!("{e:#}"), "a machine was not seen"),
     }
@@ -303,11 +366,44 @@ async fn assign(State(shared): State<Arc<Shared>>, Json(assignment): Json<Assign
         );
         return Err(Refusal::new(StatusCode::BAD_REQUEST, problem, "look at [agents] in cpa.toml"));
     }
+    check(&assignment).map_err(|problem| {
+        Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, problem, "correct the fleet; the assignment in force stays")
+    })?;
     let gone = || Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the VM agent is ending", "try again");
     let (answer, answered) = oneshot::channel();
     shared.to_core.send(Message::Assign(Box::new(assignment), answer)).await.map_err(|_| gone())?;
     answered.await.map_err(|_| gone())??;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Whether an assignment can be meant: what an edge would refuse for ever, or no machine could build, is not
+/// taken in the first place.
+fn check(a: &Assignment) -> Result<(), String> {
+    let mut owners: BTreeMap<std::net::Ipv4Addr, &ServiceId> = BTreeMap::new();
+    for (service, share) in &a.services {
+        let bad = |problem: String| Err(format!("assignment {}, service {service}: {problem}", a.generation));
+        if share.instances > INSTANCES_MAX {
+            return bad(format!(
+                "{} instances are more than {INSTANCES_MAX}, the most in one network",
+                share.instances
+            ));
+        }
+        if share.memory_mib == 0 {
+            return bad("an instance without memory".into());
+        }
+        if share.ports.is_empty() || share.ports.len() > PORTS_MAX || share.ports.contains(&0) {
+            return bad(format!("ports must be 1 to {PORTS_MAX} numbers, none of them 0"));
+        }
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        if !(1..=64).contains(&share.image.len()) || !share.image.bytes().all(plain) {
+            let name: String = share.image.chars().take(80).collect();
+            return bad(format!("image {name:?} is not a name: 1 to 64 of a-z, 0-9 and -"));
+        }
+        if let Some(other) = owners.insert(share.vip, service) {
+            return bad(format!("public address {} belongs to service {other} already", share.vip));
+        }
+    }
+    Ok(())
 }
 
 async fn inventory(State(shared): State<Arc<Shared>>) -> Result<Json<Inventory>, Refusal> {
@@ -342,4 +438,60 @@ async fn subscribe(
         tokio::spawn(look(shared.clone(), address));
     }
     Ok(StatusCode::NO_CONTENT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmatrix_model::{Generation, Span};
+
+    fn assignment(generation: u64, services: &[&str]) -> Assignment {
+        let share = |n: u8| ServiceShare {
+            image: "tiny".into(),
+            instances: 1,
+            memory_mib: 128,
+            vip: [198, 19, 1, 100 + n].into(),
+            ports: vec![80],
+            backends: vec![],
+            drain: Span::secs(7),
+            forward_to: None,
+        };
+        let services = (0..).zip(services).map(|(n, s)| (s.parse().unwrap(), share(n))).collect();
+        Assignment { generation: Generation(generation), network: "ashburn".parse().unwrap(), services }
+    }
+
+    #[test]
+    fn an_assignment_that_cannot_be_meant_is_refused_by_service() {
+        assert_eq!(check(&assignment(1, &["maps", "tiny"])), Ok(()));
+        let said = |change: fn(&mut ServiceShare)| {
+            let mut a = assignment(1, &["maps", "tiny"]);
+            a.services.values_mut().skip(1).for_each(change);
+            check(&a).unwrap_err()
+        };
+        assert_eq!(
+            said(|s| s.instances = 17),
+            "assignment g1, service tiny: 17 instances are more than 16, the most in one network"
+        );
+        assert!(said(|s| s.memory_mib = 0).contains("without memory"));
+        assert!(said(|s| s.ports.clear()).contains("ports"));
+        assert!(said(|s| s.image = "../tiny".into()).contains("is not a name"));
+        assert!(said(|s| s.vip = [198, 19, 1, 100].into()).contains("belongs to service maps"));
+    }
+
+    #[test]
+    fn what_leaves_is_written_down_with_its_drain_before_the_assignment_without_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut kept = Kept::read(dir.path());
+        let mut vma = Vma::with_leaving("ashburn".parse().unwrap(), kept.leaving.clone());
+        for (generation, services) in [(1, &["maps", "tiny"][..]), (2, &["tiny"])] {
+            let a = assignment(generation, services);
+            accept(&vma, &mut kept, &a).unwrap();
+            vma.handle(now(), Event::Assignment(a));
+        }
+        assert_eq!(accept(&vma, &mut kept, &assignment(1, &[])).unwrap_err().0, StatusCode::CONFLICT);
+        let after = Kept::read(dir.path());
+        assert_eq!(after.assignment.map(|a| a.generation), Some(Generation(2)));
+        let left: Vec<_> = after.leaving.iter().map(|(s, l)| (s.as_str(), l.instances, l.drain)).collect();
+        assert_eq!(left, [("maps", 0, Span::secs(7))]);
+    }
 }

@@ -275,6 +275,26 @@ async fn play(network: &Network, world: &World, vma_toml: &Path, machine_toml: &
     assert_eq!(network.qemu(), before);
     assert_eq!(slots(&world.1.lock().unwrap()), [cell]);
 
+    // The machine's daemon is dead for longer than its lease: what it runs answers, and stays in rotation.
+    kill(machine).await;
+    let until_then = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < until_then {
+        let (slots, serving) = {
+            let heard = world.1.lock().unwrap();
+            (slots(&heard), serving(&heard))
+        };
+        assert_eq!((slots.as_slice(), serving), (&[cell][..], 1));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let told = world.1.lock().unwrap().inventory.as_ref().and_then(|i| i.instances[0].trouble.clone());
+    assert!(told.is_some_and(|t| t.contains("m1 is silent")));
+    machine = start_machine(machine_toml);
+    until("the machine's return", world, minute, |h| {
+        h.inventory.as_ref().is_some_and(|i| i.instances[0].trouble.is_none() && serving(h) == 1)
+    })
+    .await;
+    assert_eq!((network.qemu(), slots(&world.1.lock().unwrap())), (before.clone(), vec![cell]));
+
     // QEMU dies: out of rotation, and back.
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(before[0]), nix::sys::signal::Signal::SIGKILL).unwrap();
     let out = until("leaving rotation", world, minute, |h| slots(h).is_empty()).await;

@@ -25,6 +25,8 @@
 //! - Draining → Suspending: the edge has confirmed, and no connection is left or `drain` is over.
 //! - Suspending → dormant: VM and cell are seen gone.
 //!
+//! A machine whose daemon is dead is silent: it gets no step, and what serves on it goes on serving; see [`machine`].
+//!
 //! # Invariants
 //! 1. An assignment older than the one in force is refused. One of the same generation replaces it: where
 //!    stragglers are forwarded to may change while a placement is being reached.
@@ -35,6 +37,7 @@
 //!    time to subscribe to an agent that just began.
 
 pub mod cell;
+pub mod machine;
 pub mod pack;
 mod report;
 mod retry;
@@ -42,21 +45,25 @@ mod rotation;
 pub mod steps;
 mod wanted;
 
+use machine::Machine;
 use retry::Effort;
 use rotation::Rotation;
 use std::collections::BTreeMap;
-use steps::{CellSeen, Command, Event, Fault, Life, Seen, StagedSeen, Step};
+use std::net::Ipv4Addr;
+use steps::{CellSeen, Command, Event, Fault, Life, Seen, Step};
 use vmatrix_model::assignment::{Assignment, ServiceShare};
-use vmatrix_model::inventory::{Inventory, MachineSeen};
+use vmatrix_model::inventory::Inventory;
 use vmatrix_model::{Generation, InstanceId, MachineId, NetworkId, ServiceId, Span, Time};
 
-/// A machine that does not renew its subscription within so long is gone.
-pub const LEASE: Span = Span::secs(5);
 /// How long an agent that just began waits for machines to subscribe (they do each second) before
 /// it believes that what it does not see is not there.
 pub const SETTLE: Span = Span::ms(2500);
 /// An edge not heard of for so long no longer holds up a suspend.
 const EDGE_SILENCE: Span = Span::secs(30);
+/// How long a cell drains whose service nobody told this agent about: it was dropped from the assignment
+/// before the agent began, and what the agent had kept of it is lost. The edge does not count its
+/// connections, so it is given what an ordinary service is.
+pub const DRAIN_UNKNOWN: Span = Span::secs(30);
 
 /// The decisions of one network's VM agent. Fed by [`Vma::handle`]; never waits, dials or reads a clock.
 #[derive(Debug, Clone)]
@@ -79,21 +86,15 @@ pub struct Vma {
     reported: Option<(Time, Inventory)>,
 }
 
-#[derive(Debug, Clone)]
-struct Machine {
-    seen: MachineSeen,
-    lease_until: Time,
-    has: Option<Seen>,
-}
-
-impl Machine {
-    fn staged(&self, image: &str) -> Option<&StagedSeen> {
-        self.has.as_ref()?.images.iter().find(|i| i.image == image)
-    }
-
-    fn holds(&self, image: &str) -> bool {
-        self.staged(image).and_then(|s| s.seen.as_ref()).is_some_and(|s| s.complete())
-    }
+/// A cell whose machine is silent: whoever can reach it is to say whether it still answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Doubt {
+    pub machine: MachineId,
+    pub instance: InstanceId,
+    /// Where the edge reaches it.
+    pub address: Ipv4Addr,
+    /// A declared TCP port of its service.
+    pub port: u16,
 }
 
 impl Vma {
@@ -114,9 +115,41 @@ impl Vma {
         }
     }
 
+    /// An agent that begins anew: `leaving` is what [`Vma::leaving`] was, so that what drained goes on draining.
+    pub fn with_leaving(network: NetworkId, leaving: BTreeMap<ServiceId, ServiceShare>) -> Vma {
+        let leaving = leaving.into_iter().map(|(s, share)| (s, ServiceShare { instances: 0, ..share })).collect();
+        Vma { leaving, ..Vma::new(network) }
+    }
+
     /// The assignment in force.
     pub fn assignment(&self) -> Option<&Assignment> {
         self.assignment.as_ref()
+    }
+
+    /// Shares of services that are no longer assigned and whose cells are not gone yet.
+    pub fn leaving(&self) -> &BTreeMap<ServiceId, ServiceShare> {
+        &self.leaving
+    }
+
+    /// What [`Vma::leaving`] will be once `a` is in force.
+    pub fn leaving_after(&self, a: &Assignment) -> BTreeMap<ServiceId, ServiceShare> {
+        let old = self.assignment.iter().flat_map(|old| &old.services);
+        let dropped = old.map(|(s, share)| (s.clone(), ServiceShare { instances: 0, ..share.clone() }));
+        let leaving = self.leaving.iter().map(|(s, share)| (s.clone(), share.clone()));
+        leaving.chain(dropped).filter(|(s, _)| !a.services.contains_key(s)).collect()
+    }
+
+    /// Cells in rotation that are to be knocked at: their machine does not say whether they answer. Each
+    /// knock is told as [`Event::Knocked`].
+    pub fn doubts(&self) -> Vec<Doubt> {
+        let silent = self.machines.iter().filter(|(_, m)| m.is_silent());
+        let cells = silent.flat_map(|(m, has)| has.has.iter().flat_map(move |s| s.cells.iter().map(move |c| (m, c))));
+        cells
+            .filter_map(|(m, c)| {
+                let port = *self.share(&c.instance.service)?.ports.first()?;
+                Some(Doubt { machine: m.clone(), instance: c.instance.clone(), address: c.address, port })
+            })
+            .collect()
     }
 
     /// What was last reported, or would be.
@@ -151,28 +184,22 @@ impl Vma {
     }
 
     fn take(&mut self, a: Assignment) {
-        if let Some(old) = self.assignment.take() {
-            for (service, share) in old.services {
-                if !a.services.contains_key(&service) {
-                    self.leaving.insert(service, ServiceShare { instances: 0, ..share });
-                }
-            }
-        }
-        self.leaving.retain(|s, _| !a.services.contains_key(s));
+        self.leaving = self.leaving_after(&a);
         self.assignment = Some(a);
     }
 
     fn hear(&mut self, now: Time, event: Event) {
         match event {
-            Event::Subscribed(seen) => {
-                let lease_until = now + LEASE;
-                let machine = self.machines.entry(seen.id.clone()).or_insert_with(|| Machine {
-                    seen: seen.clone(),
-                    lease_until,
-                    has: None,
-                });
-                machine.seen = seen;
-                machine.lease_until = lease_until;
+            Event::Subscribed(seen) => match self.machines.get_mut(&seen.id) {
+                Some(machine) => machine.subscribe(now, seen),
+                None => {
+                    self.machines.insert(seen.id.clone(), Machine::new(now, seen));
+                }
+            },
+            Event::Knocked { machine, instance, answered } => {
+                if let Some(machine) = self.machines.get_mut(&machine) {
+                    machine.knocked(&instance, answered);
+                }
             }
             Event::Seen(seen) => self.look(now, seen),
             Event::EdgeSeen(seen) => self.rotation.hear(now, seen),
@@ -192,7 +219,7 @@ impl Vma {
 
     fn look(&mut self, now: Time, seen: Seen) {
         let Some(machine) = self.machines.get_mut(&seen.machine) else { return };
-        if machine.has.as_ref().is_some_and(|old| old.run == seen.run && old.sequence >= seen.sequence) {
+        if !machine.is_news(&seen) {
             return;
         }
         for image in &seen.images {
@@ -203,21 +230,40 @@ impl Vma {
                 _ => {}
             }
         }
-        machine.has = Some(seen);
+        self.cells.iter_mut().filter(|((m, _), _)| *m == seen.machine).for_each(|(_, e)| e.looked());
+        machine.look(now, seen);
     }
 
     fn expire(&mut self, now: Time) {
-        self.machines.retain(|_, m| m.lease_until > now);
-        self.cells.retain(|(m, _), _| self.machines.contains_key(m));
-        self.stages.retain(|(m, _), _| self.machines.contains_key(m));
+        for (id, machine) in &mut self.machines {
+            let effort = |i: &InstanceId| self.cells.get(&(id.clone(), i.clone()));
+            machine.expire(now, |i| effort(i).is_some_and(Effort::is_leaving));
+        }
+        self.machines.retain(|_, m| !m.is_gone(now));
+        let heard = |m: &MachineId| self.machines.get(m).is_some_and(|m| !m.is_silent());
+        self.cells.retain(|(m, _), _| heard(m));
+        self.stages.retain(|(m, _), _| heard(m));
         self.drains.retain(|(m, _), _| self.machines.contains_key(m));
     }
 
     /// Whether what is not seen may be taken as not there. An edge that has never had a config
     /// serves nobody, so there is nothing to lose by not waiting.
     fn is_settled(&self, now: Time) -> bool {
-        let waited = self.began.is_some_and(|b| now.since(b) >= SETTLE);
-        self.assignment.is_some() && (waited || self.reported.is_some() || self.rotation.is_blank())
+        self.assignment.is_some() && (self.has_waited(now) || self.reported.is_some() || self.rotation.is_blank())
+    }
+
+    /// Whether machines have had time to subscribe.
+    fn has_waited(&self, now: Time) -> bool {
+        self.began.is_some_and(|b| now.since(b) >= SETTLE)
+    }
+
+    fn share(&self, service: &ServiceId) -> Option<&ServiceShare> {
+        self.assignment.as_ref().and_then(|a| a.services.get(service)).or_else(|| self.leaving.get(service))
+    }
+
+    /// Machines that may be given work.
+    fn heard(&self) -> impl Iterator<Item = (&MachineId, &Machine)> {
+        self.machines.iter().filter(|(_, m)| !m.is_silent())
     }
 
     /// Every share that still matters: those assigned, and those leaving.
@@ -246,6 +292,7 @@ impl Vma {
         commands.extend(self.rotation.want(now, services));
 
         let mut steps = Vec::new();
+        let mut given_up = Vec::new();
         for (machine, cell) in self.all_cells() {
             let key = (machine.clone(), cell.instance.clone());
             let step = if chosen.keep.contains(&key) {
@@ -253,7 +300,12 @@ impl Vma {
             } else {
                 self.towards_dormant(now, &key, cell)
             };
-            steps.extend(step.map(|s| (machine.clone(), s)));
+            match step {
+                // What would now be suspended serves nobody; until its machine is back there is no more to do.
+                Some(_) if self.machines.get(machine).is_some_and(Machine::is_silent) => given_up.push(key),
+                Some(step) => steps.push((machine.clone(), step)),
+                None => {}
+            }
         }
         steps.extend(chosen.prepare.iter().map(|(m, spec)| (m.clone(), Step::Prepare(spec.clone()))));
         steps.extend(
@@ -264,6 +316,11 @@ impl Vma {
         );
         steps.extend(self.unwanted_images());
         self.refused = chosen.refused;
+        for (machine, instance) in given_up {
+            if let Some(machine) = self.machines.get_mut(&machine) {
+                machine.give_up(&instance);
+            }
+        }
 
         for (machine, step) in steps {
             let effort = match (&step, step.instance()) {
@@ -278,11 +335,11 @@ impl Vma {
                 commands.push(Command::Step { machine, step });
             }
         }
-        self.forget();
+        self.forget(now);
     }
 
     /// Efforts whose object is gone, and shares whose cells are.
-    fn forget(&mut self) {
+    fn forget(&mut self, now: Time) {
         let there: Vec<(MachineId, InstanceId)> =
             self.all_cells().map(|(m, c)| (m.clone(), c.instance.clone())).collect();
         let healthy: Vec<(MachineId, InstanceId)> = self
@@ -309,7 +366,10 @@ impl Vma {
             .map(|(_, i)| i.service.clone())
             .chain(self.cells.keys().map(|(_, i)| i.service.clone()))
             .collect();
-        self.leaving.retain(|s, _| busy.contains(s));
+        // A cell not seen yet may be on a machine that has not subscribed yet.
+        if self.has_waited(now) {
+            self.leaving.retain(|s, _| busy.contains(s));
+        }
     }
 
     fn towards_serving(&self, machine: &MachineId, cell: &CellSeen) -> Option<Step> {
@@ -333,7 +393,7 @@ impl Vma {
             Life::Building | Life::Ready => Some(Step::Release { instance }),
             Life::Resuming | Life::Lost => suspend,
             Life::Healthy | Life::Sick => {
-                let drain = self.shares().find(|(s, _)| **s == instance.service).map_or(Span::ZERO, |(_, s)| s.drain);
+                let drain = self.share(&instance.service).map_or(DRAIN_UNKNOWN, |s| s.drain);
                 let over = self.drains.get(key).is_none_or(|began| now.since(*began) >= drain);
                 let out = self.rotation.is_out(cell.address);
                 let idle = self.rotation.is_idle(cell.address);
@@ -348,7 +408,7 @@ impl Vma {
         let Some(assignment) = &self.assignment else { return Vec::new() };
         let named = |image: &str| assignment.services.values().chain(self.leaving.values()).any(|s| s.image == image);
         let mut steps = Vec::new();
-        for (id, machine) in &self.machines {
+        for (id, machine) in self.heard() {
             // A cell of a service nobody names any more may still run from an image nobody names.
             let Some(has) = machine
                 .has

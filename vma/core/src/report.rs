@@ -1,5 +1,6 @@
 //! The inventory: what is seen ─▶ what the CPA is told, in the CPA's words.
 
+use crate::machine::Machine;
 use crate::steps::{CellSeen, Life, Step};
 use crate::{Vma, wanted};
 use std::collections::BTreeMap;
@@ -57,7 +58,8 @@ pub fn inventory(vma: &Vma, now: Time) -> Inventory {
             let trouble = effort
                 .and_then(|e| e.trouble.as_ref())
                 .map(|f| f.problem.clone())
-                .or_else(|| cell.and_then(|c| c.trouble.clone()));
+                .or_else(|| cell.and_then(|c| c.trouble.clone()))
+                .or_else(|| silence(vma, &machine));
             InstanceSeen {
                 machine,
                 state,
@@ -79,8 +81,17 @@ pub fn inventory(vma: &Vma, now: Time) -> Inventory {
     }
 }
 
-fn free(machine: &crate::Machine) -> u64 {
-    let taken: u64 = machine.has.iter().flat_map(|h| &h.cells).map(|c| c.memory_mib).sum();
+fn silence(vma: &Vma, machine: &MachineId) -> Option<String> {
+    let silent = vma.machines.get(machine).is_some_and(Machine::is_silent);
+    silent.then(|| format!("machine {machine} is silent and can be told nothing; start `vmatrix machine` there again"))
+}
+
+/// Memory for new cells; a silent machine takes none.
+fn free(machine: &Machine) -> u64 {
+    if machine.is_silent() {
+        return 0;
+    }
+    let taken = machine.has.iter().flat_map(|h| &h.cells).map(|c| c.memory_mib).fold(0, u64::saturating_add);
     machine.seen.memory_mib.saturating_sub(taken)
 }
 

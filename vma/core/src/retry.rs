@@ -20,6 +20,7 @@ pub struct Effort {
     outstanding: Option<(Time, Step)>,
     /// Whether a step was sent since the last failure.
     armed: bool,
+    leaving: bool,
     failures: u32,
     not_before: Time,
     /// What went wrong last.
@@ -38,6 +39,17 @@ impl Effort {
         self.outstanding.as_ref().map(|(_, step)| step)
     }
 
+    /// Whether a step that takes the instance out of service is on its way, or failed, perhaps halfway, and
+    /// nobody has looked since.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+
+    /// Notes that the machine was looked at.
+    pub fn looked(&mut self) {
+        self.leaving &= self.outstanding.is_some();
+    }
+
     /// Whether a failure seen now is of a step sent since the last one.
     pub fn is_armed(&self) -> bool {
         self.armed && self.outstanding.is_none()
@@ -45,6 +57,7 @@ impl Effort {
 
     /// Notes that a step was sent.
     pub fn sent(&mut self, now: Time, step: Step) {
+        self.leaving = matches!(step, Step::Suspend { .. } | Step::Release { .. });
         self.outstanding = Some((now, step));
         self.armed = true;
     }
@@ -53,7 +66,10 @@ impl Effort {
     pub fn answered(&mut self, now: Time, result: Result<(), Fault>) {
         self.outstanding = None;
         match result {
-            Ok(()) => self.not_before = now,
+            Ok(()) => {
+                self.not_before = now;
+                self.leaving = false;
+            }
             Err(fault) => self.failed(now, fault),
         }
     }

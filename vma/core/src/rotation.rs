@@ -1,7 +1,7 @@
 //! Which cells stand behind which public address: cells seen ─▶ the edge's whole config, and what it confirmed.
 
 use crate::Vma;
-use crate::steps::{Command, Life, Step};
+use crate::steps::{Command, Life};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use vmatrix_model::edge_config::{EdgeConfig, EdgeSeen, EdgeService, Slot};
@@ -21,6 +21,11 @@ pub struct Rotation {
     heard: Option<Time>,
     /// How often it was heard since it has what is wanted.
     looks: u32,
+    /// Of the last config it confirmed.
+    confirmed: Generation,
+    /// Cells in rotation in that config and in every later one: whichever of them the edge has now, it sends
+    /// new connections there.
+    serving: BTreeSet<Ipv4Addr>,
 }
 
 /// A cell is idle when a look after the one that confirmed finds no connection: the edge may have
@@ -35,12 +40,22 @@ impl Rotation {
             seen: None,
             heard: None,
             looks: 0,
+            confirmed: Generation(0),
+            serving: BTreeSet::new(),
         }
     }
 
     pub fn hear(&mut self, now: Time, seen: EdgeSeen) {
         self.heard = Some(now);
-        self.looks = if seen.config == self.wanted.generation { self.looks.saturating_add(1) } else { 0 };
+        let has_it = seen.config == self.wanted.generation;
+        self.looks = if has_it { self.looks.saturating_add(1) } else { 0 };
+        if has_it && self.sent.is_some() {
+            self.confirmed = seen.config;
+            self.serving = self.slots().collect();
+        } else if seen.config < self.confirmed || seen.config > self.wanted.generation {
+            // It lost what it had, or someone else told it something.
+            self.serving.clear();
+        }
         self.seen = Some(seen);
     }
 
@@ -59,6 +74,8 @@ impl Rotation {
             self.wanted.generation = self.wanted.generation.max(seen.config).next();
             self.wanted.services = services;
             self.looks = 0;
+            let slots: BTreeSet<Ipv4Addr> = self.slots().collect();
+            self.serving.retain(|s| slots.contains(s));
         }
         self.sent = Some(now);
         Some(Command::Edge(self.wanted.clone()))
@@ -86,7 +103,7 @@ impl Rotation {
 
     /// Whether the edge is known to send new connections to `cell`.
     pub fn is_in(&self, cell: Ipv4Addr) -> bool {
-        self.is_confirmed() && self.slots().any(|s| s == cell)
+        self.serving.contains(&cell)
     }
 
     /// Whether the edge has not been heard for so long that it holds up nothing.
@@ -94,10 +111,11 @@ impl Rotation {
         self.heard.is_some_and(|at| now.since(at) >= crate::EDGE_SILENCE)
     }
 
-    /// Whether `cell` is out and has no connection left.
+    /// Whether `cell` is out and has no connection left. The edge counts only what its config names.
     pub fn is_idle(&self, cell: Ipv4Addr) -> bool {
         let open = self.seen.as_ref().and_then(|s| s.connections.get(&cell).copied()).unwrap_or(0);
-        self.is_out(cell) && self.looks >= LOOKS_MIN && open == 0
+        let counted = self.wanted.services.values().any(|s| s.draining.contains(&cell));
+        counted && self.is_out(cell) && self.looks >= LOOKS_MIN && open == 0
     }
 
     fn slots(&self) -> impl Iterator<Item = Ipv4Addr> + '_ {
@@ -114,10 +132,7 @@ pub fn services(vma: &Vma, keep: &BTreeSet<(MachineId, InstanceId)>) -> BTreeMap
             let mut draining = BTreeSet::new();
             for (machine, cell) in vma.all_cells().filter(|(_, c)| c.instance.service == *service) {
                 let key = (machine.clone(), cell.instance.clone());
-                let leaving = matches!(
-                    vma.cells.get(&key).and_then(|e| e.outstanding()),
-                    Some(Step::Suspend { .. } | Step::Release { .. })
-                );
+                let leaving = vma.cells.get(&key).is_some_and(|e| e.is_leaving());
                 match cell.life {
                     Life::Healthy if keep.contains(&key) && !leaving => {
                         slots.insert(Slot { cell: cell.address, weight: 1 });

@@ -5,7 +5,6 @@ use std::net::Ipv4Addr;
 use vmatrix_model::assignment::Assignment;
 use vmatrix_model::edge_config::{EdgeConfig, EdgeSeen};
 use vmatrix_model::inventory::{ImageSeen, Inventory, MachineSeen};
-use vmatrix_model::manifest::BackendSpec;
 use vmatrix_model::{Generation, InstanceId, MachineId, ServiceId, Span};
 
 /// What the core hears.
@@ -19,6 +18,8 @@ pub enum Event {
     Seen(Seen),
     /// What the edge has installed.
     EdgeSeen(EdgeSeen),
+    /// Someone tried to open a connection to a cell of a silent machine.
+    Knocked { machine: MachineId, instance: InstanceId, answered: bool },
     /// A step ended; what it changed is in the next [`Event::Seen`].
     StepDone { machine: MachineId, step: Step, result: Result<(), Fault> },
     /// Time passed.
@@ -99,12 +100,6 @@ pub struct CellSpec {
 pub struct BackendAddress {
     pub address: Ipv4Addr,
     pub port: u16,
-}
-
-impl From<&BackendSpec> for BackendAddress {
-    fn from(b: &BackendSpec) -> Self {
-        BackendAddress { address: b.address, port: b.port }
-    }
 }
 
 /// Why a step was not done.

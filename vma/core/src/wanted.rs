@@ -1,9 +1,10 @@
 //! Which cells stay and what is missing: assignment + what is seen ─▶ cells to keep, cells to
 //! prepare, images to stage, wishes refused.
 
+use crate::Vma;
+use crate::machine::Machine;
 use crate::pack::{Candidate, Held, pick};
 use crate::steps::{BackendAddress, CellSeen, CellSpec, Life, Step};
-use crate::{Machine, Vma};
 use std::collections::{BTreeMap, BTreeSet};
 use vmatrix_model::assignment::ServiceShare;
 use vmatrix_model::{InstanceId, MachineId, ServiceId};
@@ -32,15 +33,17 @@ pub fn choose(vma: &Vma) -> Chosen {
             }
             match place(vma, &taken, share) {
                 Ok((machine, Held::Whole)) => {
-                    *taken.entry(machine.clone()).or_default() += share.memory_mib;
+                    take(&mut taken, &machine, share.memory_mib);
                     chosen.prepare.push((machine, spec(instance, share)));
                 }
                 Ok((machine, _)) => {
-                    *taken.entry(machine.clone()).or_default() += share.memory_mib;
+                    take(&mut taken, &machine, share.memory_mib);
                     want_staged(vma, &mut chosen, machine, service, share);
                 }
+                // What does not fit now does not fit once more either, however many are wanted.
                 Err(why) => {
                     chosen.refused.insert(service.clone(), why);
+                    break;
                 }
             }
         }
@@ -48,11 +51,11 @@ pub fn choose(vma: &Vma) -> Chosen {
         let keepers: Vec<MachineId> =
             chosen.keep.iter().filter(|(_, i)| i.service == *service).map(|(m, _)| m.clone()).collect();
         for machine in keepers {
-            if vma.machines.get(&machine).is_some_and(|m| !m.holds(&share.image)) {
+            if vma.machines.get(&machine).is_some_and(|m| !m.is_silent() && !m.holds(&share.image)) {
                 want_staged(vma, &mut chosen, machine, service, share);
             }
         }
-        if share.instances == 0 && !vma.machines.values().any(|m| m.holds(&share.image)) {
+        if share.instances == 0 && !vma.heard().any(|(_, m)| m.holds(&share.image)) {
             let dormant = ServiceShare { memory_mib: 0, ..share.clone() };
             match place(vma, &taken, &dormant) {
                 Ok((machine, _)) => want_staged(vma, &mut chosen, machine, service, share),
@@ -61,7 +64,7 @@ pub fn choose(vma: &Vma) -> Chosen {
                 }
             }
         }
-        let nowhere = !vma.machines.values().any(|m| m.holds(&share.image));
+        let nowhere = !vma.heard().any(|(_, m)| m.holds(&share.image));
         if let Some((machine, fault)) = vma.stage_trouble(&share.image).filter(|_| nowhere) {
             chosen.refused.entry(service.clone()).or_insert_with(|| format!("{machine}: {fault}"));
         }
@@ -89,12 +92,13 @@ fn want_staged(vma: &Vma, chosen: &mut Chosen, machine: MachineId, service: &Ser
     }
 }
 
-/// The cells of `service` that stay: the furthest along first, then the lower number, then the lower
-/// machine; never two of one name.
+/// The cells of `service` that stay: the furthest along first, then those whose machine is heard, then the
+/// lower number, then the lower machine; never two of one name.
 fn keep(vma: &Vma, service: &ServiceId, share: &ServiceShare) -> Vec<(MachineId, InstanceId)> {
     let mut cells: Vec<(&MachineId, &CellSeen)> =
         vma.all_cells().filter(|(_, c)| c.instance.service == *service).collect();
-    cells.sort_by_key(|(m, c)| (rank(c.life), c.instance.number, (*m).clone()));
+    let silent = |m: &MachineId| vma.machines.get(m).is_some_and(Machine::is_silent);
+    cells.sort_by_key(|(m, c)| (rank(c.life), silent(m), c.instance.number, (*m).clone()));
     let mut names = BTreeSet::new();
     cells
         .into_iter()
@@ -137,14 +141,19 @@ fn taken(vma: &Vma) -> BTreeMap<MachineId, u64> {
     let mut seen = BTreeSet::new();
     for (m, c) in vma.all_cells() {
         seen.insert((m, &c.instance));
-        *taken.entry(m.clone()).or_default() += c.memory_mib;
+        take(&mut taken, m, c.memory_mib);
     }
     for ((m, i), effort) in &vma.cells {
         if let (Some(Step::Prepare(spec)), false) = (effort.outstanding(), seen.contains(&(m, i))) {
-            *taken.entry(m.clone()).or_default() += spec.memory_mib;
+            take(&mut taken, m, spec.memory_mib);
         }
     }
     taken
+}
+
+fn take(taken: &mut BTreeMap<MachineId, u64>, machine: &MachineId, mib: u64) {
+    let memory = taken.entry(machine.clone()).or_default();
+    *memory = memory.saturating_add(mib);
 }
 
 /// Where a cell was ordered that is not seen yet: it stays there.
@@ -155,8 +164,7 @@ fn ordered(vma: &Vma, instance: &InstanceId) -> Option<MachineId> {
 
 fn place(vma: &Vma, taken: &BTreeMap<MachineId, u64>, share: &ServiceShare) -> Result<(MachineId, Held), String> {
     let candidates: Vec<Candidate> = vma
-        .machines
-        .iter()
+        .heard()
         .filter(|(_, m)| m.has.is_some())
         .map(|(id, m)| Candidate {
             machine: id.clone(),

@@ -20,9 +20,9 @@ async fn main() -> anyhow::Result<()> {
         built.measured.boot_ms,
         built.measured.answer_ms
     );
-    let store = Store::open(&dir)?;
+    let store = Store::read(&dir)?;
     if let Some(signed) = store.image(&built.name)? {
-        let (manifest, _) = sign::verify(&signed, &[sign::builder_public(&store)?])?;
+        let (manifest, _) = sign::verify(&signed, &[sign::public(&store)?])?;
         for part in manifest.parts {
             let present = part.chunks.iter().flatten();
             let stored: u64 = present.clone().map(|c| c.stored.0).sum();

@@ -8,6 +8,7 @@
 //! # Invariants
 //! 1. Everything happens in scratch folders and a namespace that go when the build ends, however it ends.
 //! 2. The manifest is put last: an image that has a name is whole.
+//! 3. A build that fails takes its chunks out again.
 
 mod cell;
 mod kernel;
@@ -16,7 +17,7 @@ mod root;
 mod tools;
 mod warm;
 
-use crate::chunks::{DISK_CHUNK, MEMORY_CHUNK, cut};
+use crate::chunks::{DISK_CHUNK, MEMORY_CHUNK, cut_noting};
 use crate::error::{Error, Result, io};
 use crate::machine::{self, Files, Host};
 use crate::postgres::Server;
@@ -24,6 +25,7 @@ use crate::recipe::{self, BackendRecipe, Hashed, Recipe};
 use crate::sign;
 use crate::store::Store;
 use cell::Cell;
+use nix::sys::statvfs::statvfs;
 use progress::Progress;
 use std::fs;
 use std::net::Ipv4Addr;
@@ -37,6 +39,8 @@ use vmatrix_model::manifest::{BackendSpec, FORMAT, GuestSpec, MachineSpec, Manif
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 10);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 1);
 const MAC: &str = "52:54:00:12:34:56";
+/// What lies beside guest memory, MiB: device state and a console's output, some hundred KiB; the rest is for others.
+const BESIDE_MEMORY_MIB: u64 = 64;
 /// Rises when the builder makes another image of the same recipe.
 const BUILDER: u32 = 1;
 /// `init_on_free`: freed pages are zeros, which an image does not store. `panic`: a broken guest ends at once.
@@ -143,6 +147,14 @@ fn agent(options: &Options) -> Result<PathBuf> {
     })
 }
 
+/// Memory that a guest writes belongs into memory. Where there is not enough of it (a container's /dev/shm
+/// often has 64 MiB) the kernel would end QEMU in the middle of a boot, so a disk has to do.
+fn memory_place(guest_mib: u64) -> PathBuf {
+    let shm = Path::new("/dev/shm");
+    let free = statvfs(shm).map_or(0, |s| s.blocks_available().saturating_mul(s.fragment_size()));
+    if free >> 20 >= guest_mib + BESIDE_MEMORY_MIB { shm.to_owned() } else { std::env::temp_dir() }
+}
+
 /// One build on its way.
 struct Job {
     file: PathBuf,
@@ -165,12 +177,13 @@ impl Job {
     async fn run(self) -> Result<(Manifest, Digest)> {
         let progress = Progress::new(&self.recipe.name);
         let tag = format!("{}{}-{}", tools::SCRATCH, self.recipe.name, std::process::id());
-        let shm = Path::new("/dev/shm");
-        let memory = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
+        let memory = memory_place(self.recipe.memory_mib);
         let disk = std::path::absolute(self.store.dir()).map_err(io("find", self.store.dir()))?;
         tools::sweep(&[&disk, &memory]);
         let places = Places { disk: Scratch::new(disk.join(&tag))?, memory: Scratch::new(memory.join(&tag))? };
-        blocking(move || self.prepare(places, progress)).await??.suspend().await
+        let scratch = places.disk.path().to_owned();
+        let prepared = blocking(move || self.prepare(places, progress)).await?;
+        prepared.map_err(|e| e.or_disk_full("build in", &scratch))?.suspend().await
     }
 
     /// Everything before the guest is powered on.
@@ -187,7 +200,7 @@ impl Job {
         };
         progress.step("kernel");
         let kernel = kernel::get(&self.cache)?;
-        fs::copy(&kernel.image, &files.kernel).map_err(io("copy", &kernel.image))?;
+        tools::copy(&kernel.image, &files.kernel)?;
         kernel::initrd(&kernel, &guest, &self.recipe.name, &files.initrd)?;
         progress.step(&format!("packages: {}", self.packages()));
         let root = places.disk.path().join("root");
@@ -299,17 +312,30 @@ impl Prepared {
     fn keep(self, measured: Measured) -> Result<(Manifest, Digest)> {
         self.progress.step("cut into chunks");
         let store = &self.job.store;
+        // Until the manifest is there: nobody else's image can have come to need what is taken out again.
+        let _alone = store.lock()?;
+        let mut new = Vec::new();
+        let put = self.put(measured, &mut new);
+        if put.is_err() {
+            new.iter().for_each(|digest| store.remove_chunk(digest));
+        }
+        put
+    }
+
+    fn put(&self, measured: Measured, new: &mut Vec<Digest>) -> Result<(Manifest, Digest)> {
+        let store = &self.job.store;
+        let mut cut = |file: &Path, kind, chunk| cut_noting(file, kind, chunk, store, new);
         let mut parts: Vec<Part> = vec![
-            cut(&self.files.memory, PartKind::Memory, MEMORY_CHUNK, store)?,
-            cut(&self.files.device, PartKind::Device, DISK_CHUNK, store)?,
-            cut(&self.files.disk, PartKind::Disk, DISK_CHUNK, store)?,
-            cut(&self.files.kernel, PartKind::Kernel, DISK_CHUNK, store)?,
-            cut(&self.files.initrd, PartKind::Initrd, DISK_CHUNK, store)?,
+            cut(&self.files.memory, PartKind::Memory, MEMORY_CHUNK)?,
+            cut(&self.files.device, PartKind::Device, DISK_CHUNK)?,
+            cut(&self.files.disk, PartKind::Disk, DISK_CHUNK)?,
+            cut(&self.files.kernel, PartKind::Kernel, DISK_CHUNK)?,
+            cut(&self.files.initrd, PartKind::Initrd, DISK_CHUNK)?,
         ];
         if let Some(backend) = &self.backend {
             let seed = self.places.disk.path().join("seed.sql");
             fs::write(&seed, backend.server.dump()?).map_err(io("write", &seed))?;
-            parts.push(cut(&seed, PartKind::BackendSeed, DISK_CHUNK, store)?);
+            parts.push(cut(&seed, PartKind::BackendSeed, DISK_CHUNK)?);
         }
         let manifest = Manifest {
             format: FORMAT,

@@ -8,8 +8,8 @@
 use crate::error::{Error, Result, io};
 use crate::store::Store;
 use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::fs::{File, OpenOptions, Permissions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use vmatrix_model::manifest::{Chunk, Part, PartKind};
@@ -29,6 +29,17 @@ const ZSTD_LEVEL: i32 = 3;
 /// # Errors
 /// The file cannot be read or the store is full.
 pub fn cut(file: &Path, kind: PartKind, chunk: Bytes, store: &Store) -> Result<Part> {
+    cut_noting(file, kind, chunk, store, &mut Vec::new())
+}
+
+/// As [`cut`]; `new` gets the chunks that the store did not have, also if it ends in an error.
+pub(crate) fn cut_noting(
+    file: &Path,
+    kind: PartKind,
+    chunk: Bytes,
+    store: &Store,
+    new: &mut Vec<Digest>,
+) -> Result<Part> {
     let source = File::open(file).map_err(io("open", file))?;
     let size = source.metadata().map_err(io("look at", file))?.len();
     let mut plain = vec![0; usize::try_from(chunk.0).unwrap_or(CHUNK_MAX).min(CHUNK_MAX)];
@@ -38,13 +49,13 @@ pub fn cut(file: &Path, kind: PartKind, chunk: Bytes, store: &Store) -> Result<P
         let length = (size - offset).min(plain.len() as u64);
         let here = plain.get_mut(..length as usize).unwrap_or_default();
         source.read_exact_at(here, offset).map_err(io("read", file))?;
-        chunks.push(put(here, store)?);
+        chunks.push(put(here, store, new)?);
         offset += length;
     }
     Ok(Part { kind, size: Bytes(size), chunk, chunks })
 }
 
-fn put(plain: &[u8], store: &Store) -> Result<Option<Chunk>> {
+fn put(plain: &[u8], store: &Store, new: &mut Vec<Digest>) -> Result<Option<Chunk>> {
     if is_zero(plain) {
         return Ok(None);
     }
@@ -55,6 +66,7 @@ fn put(plain: &[u8], store: &Store) -> Result<Option<Chunk>> {
     let stored = zstd::bulk::compress(plain, ZSTD_LEVEL)
         .map_err(|e| Error::BadChunk { digest, problem: format!("cannot be compressed: {e}") })?;
     store.put_chunk(&digest, &stored)?;
+    new.push(digest);
     Ok(Some(Chunk { digest, stored: Bytes(stored.len() as u64) }))
 }
 
@@ -84,10 +96,14 @@ pub fn decode(stored: &[u8], chunk: &Chunk, plain: Bytes) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Where chunk `index` of a part begins in its file.
+fn offset(part: &Part, index: usize) -> u64 {
+    (index as u64).saturating_mul(part.chunk.0)
+}
+
 /// Plain bytes of chunk `index` of a part.
 pub fn plain_length(part: &Part, index: usize) -> Bytes {
-    let offset = (index as u64).saturating_mul(part.chunk.0);
-    Bytes(part.size.0.saturating_sub(offset).min(part.chunk.0))
+    Bytes(part.size.0.saturating_sub(offset(part, index)).min(part.chunk.0))
 }
 
 /// A part's file while its chunks come in, in any order.
@@ -102,7 +118,7 @@ pub struct PartFile {
 }
 
 impl PartFile {
-    /// Opens or makes the file, and finds out which chunks it already holds.
+    /// Opens or makes the file, for its owner only, and finds out which chunks it already holds.
     ///
     /// # Errors
     /// The file cannot be made or read.
@@ -112,8 +128,11 @@ impl PartFile {
             .write(true)
             .create(true)
             .truncate(false)
+            .mode(0o600)
             .open(path)
             .map_err(io("create", path))?;
+        // One that an earlier version made was open to all.
+        file.set_permissions(Permissions::from_mode(0o600)).map_err(io("close to others", path))?;
         let before = file.metadata().map_err(io("look at", path))?.len();
         let fresh = before != part.size.0;
         if fresh {
@@ -124,7 +143,7 @@ impl PartFile {
         let mut held = vec![0; usize::try_from(part.chunk.0).unwrap_or(CHUNK_MAX).min(CHUNK_MAX)];
         for (index, chunk) in part.chunks.iter().enumerate() {
             let length = plain_length(part, index).0 as usize;
-            let offset = index as u64 * part.chunk.0;
+            let offset = offset(part, index);
             let here = held.get_mut(..length).unwrap_or_default();
             if !fresh {
                 file.read_exact_at(here, offset).map_err(io("read", path))?;
@@ -155,8 +174,7 @@ impl PartFile {
     pub fn put(&self, index: usize, stored: &[u8]) -> Result<()> {
         let Some(Some(chunk)) = self.part.chunks.get(index) else { return Ok(()) };
         let plain = decode(stored, chunk, plain_length(&self.part, index))?;
-        let offset = index as u64 * self.part.chunk.0;
-        self.file.write_all_at(&plain, offset).map_err(io("write", &self.path))?;
+        self.file.write_all_at(&plain, offset(&self.part, index)).map_err(io("write", &self.path))?;
         self.lock().remove(&index);
         Ok(())
     }
@@ -220,6 +238,20 @@ mod tests {
         let back = dir.path().join("back");
         assemble(&part, &store, &back).unwrap();
         assert_eq!(std::fs::read(&back).unwrap(), bytes);
+    }
+
+    #[test]
+    fn a_staged_part_is_for_its_owner_only_even_one_begun_open_to_all() {
+        let (dir, store) = store();
+        let (file, _) = sample(dir.path());
+        let part = cut(&file, PartKind::Memory, Bytes(4096), &store).unwrap();
+        let (new, old) = (dir.path().join("new"), dir.path().join("old"));
+        std::fs::write(&old, b"begun").unwrap();
+        std::fs::set_permissions(&old, Permissions::from_mode(0o644)).unwrap();
+        for path in [new, old] {
+            assemble(&part, &store, &path).unwrap();
+            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "{}", path.display());
+        }
     }
 
     #[test]

@@ -18,6 +18,19 @@ pub enum Error {
     },
     #[error("no space left to {what} {}; free some, or choose another place, and run the same again", path.display())]
     DiskFull { what: &'static str, path: PathBuf },
+    #[error(
+        "{} is no image store; name another with --store, or begin one with `vmatrix image build`", path.display()
+    )]
+    NoStore { path: PathBuf },
+    #[error(
+        "there is no builder's key {}, so nothing says whose images these are; build one here, or name the signers",
+        path.display()
+    )]
+    NoKey { path: PathBuf },
+    #[error("{name:?} is not the name of an image, which is 1 to 30 of a-z, 0-9 and -, beginning with a letter")]
+    BadName { name: String },
+    #[error("{} is longer than the {max} bytes it may have; fetch or build the image again", path.display())]
+    TooLong { path: PathBuf, max: usize },
     #[error("no image {name:?} in {}; build it with `vmatrix image build`", store.display())]
     NoImage { name: String, store: PathBuf },
     #[error("chunk {digest} is not in {}; build the image again, or fetch it anew", store.display())]
@@ -31,7 +44,7 @@ pub enum Error {
     )]
     BadSignature { name: String },
     #[error(
-        "image {name:?} is signed by {signer}, which is not trusted here; add that key to `signers` if it should be"
+        "image {name:?} is signed by {signer:?}, which is not trusted here; add that key to `signers` if it should be"
     )]
     Untrusted { name: String, signer: String },
     #[error("{} lacks {missing} of its {total} chunks; stage the image again, it goes on from there", path.display())]
@@ -58,6 +71,19 @@ pub enum Error {
 
 /// The result of everything here.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// How every program says it in English, which is how they are run.
+pub(crate) const DISK_FULL: &str = "No space left on device";
+
+impl Error {
+    /// A full disk that a program met, as one that was met here.
+    pub(crate) fn or_disk_full(self, what: &'static str, path: &Path) -> Error {
+        match self {
+            Error::Tool { said, .. } if said.contains(DISK_FULL) => Error::DiskFull { what, path: path.to_owned() },
+            other => other,
+        }
+    }
+}
 
 /// Says what was done to which file; a full disk has its own words, for the cure differs.
 pub(crate) fn io<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Error + 'a {

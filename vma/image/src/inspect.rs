@@ -24,12 +24,12 @@ pub struct Inspected {
 /// the one that is trusted.
 ///
 /// # Errors
-/// There is no such image, or [`sign::verify`] refuses it.
+/// There is no such store or image, or [`sign::verify`] refuses it. Nothing is made or changed.
 pub fn inspect(store: &Path, name: &str, trusted: &[String]) -> Result<Inspected> {
-    let store = Store::open(store)?;
+    let store = Store::read(store)?;
     let signed =
         store.image(name)?.ok_or_else(|| Error::NoImage { name: name.to_owned(), store: store.dir().to_owned() })?;
-    let own = if trusted.is_empty() { vec![sign::builder_public(&store)?] } else { trusted.to_vec() };
+    let own = if trusted.is_empty() { vec![sign::public(&store)?] } else { trusted.to_vec() };
     let (manifest, digest) = sign::verify(&signed, &own)?;
     Ok(Inspected { manifest, digest, signer: signed.signer })
 }
@@ -40,7 +40,7 @@ pub fn inspect(store: &Path, name: &str, trusted: &[String]) -> Result<Inspected
 /// The first chunk that is missing or wrong, by digest.
 pub fn verify(store: &Path, name: &str, trusted: &[String]) -> Result<(Inspected, Bytes)> {
     let inspected = inspect(store, name, trusted)?;
-    let store = Store::open(store)?;
+    let store = Store::read(store)?;
     let mut seen = BTreeSet::new();
     let mut read = Bytes(0);
     for part in &inspected.manifest.parts {
@@ -99,6 +99,24 @@ mod tests {
     use crate::chunks::cut;
     use crate::machine::tests::manifest;
     use vmatrix_model::manifest::PartKind;
+
+    #[test]
+    fn a_mistyped_store_or_name_is_named_and_nothing_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let wrong = dir.path().join("stroe");
+        for looked in [inspect(&wrong, "tiny", &[]).map(drop), verify(&wrong, "tiny", &[]).map(drop)] {
+            let error = looked.unwrap_err().to_string();
+            assert!(error.contains("stroe is no image store") && error.contains("--store"), "{error}");
+        }
+        assert!(!wrong.exists(), "a look made a folder");
+        let store = Store::open(dir.path().join("store")).unwrap();
+        store.put_image("tiny", &sign::sign(&store, &manifest()).unwrap()).unwrap();
+        std::fs::remove_file(store.dir().join("keys/builder")).unwrap();
+        assert!(matches!(inspect(store.dir(), "tiny", &[]), Err(Error::NoKey { .. })));
+        assert!(!store.dir().join("keys/builder").exists(), "a look made a key");
+        let error = inspect(store.dir(), "../tiny", &[]).unwrap_err().to_string();
+        assert!(error.contains("not the name of an image") && !error.contains("service"), "{error}");
+    }
 
     #[test]
     fn a_truncated_and_a_missing_chunk_are_named() {

@@ -6,6 +6,7 @@
 //! ```
 
 pub mod accel;
+mod bounds;
 pub mod build;
 pub mod chunks;
 mod cpio;

@@ -18,6 +18,8 @@ pub const QEMU: &str = "qemu-system-x86_64";
 pub const MACHINE_TYPE: &str = "pc-q35-10.0";
 /// Kind of network back end; a snapshot on another kind does not load.
 pub const NETDEV: &str = "tap";
+/// Whom a clone runs as: a user that owns nothing. It has a place in every Linux's list of users.
+pub const CLONE_USER: &str = "nobody";
 /// Name of the guest agent's port inside the guest.
 pub const AGENT_PORT: &str = "vmatrix.guest";
 
@@ -98,6 +100,14 @@ pub(crate) fn machine_arguments(m: &MachineSpec, files: &Files, run: &Run) -> Ve
         // Read-only and private: no fault of a clone reaches the file that the others run from.
         Start::Clone => "share=off,readonly=on,rom=off".to_owned(),
     };
+    // A clone runs code of somebody else: it opens what it is told to, then becomes nobody, without a
+    // capability and (as every sandboxed process) unable to gain one. The sandbox that also denies the system
+    // calls for changing users would deny that very step. A build runs its recipe's shell lines as root
+    // anyway, and the kernel ends its guest with the builder only while their user stays the same.
+    let sandbox = match run.start {
+        Start::Boot => "on,obsolete=deny,elevateprivileges=deny,spawn=deny",
+        Start::Clone => "on,obsolete=deny,spawn=deny",
+    };
     let accelerator = if m.accelerator == "tcg" { "tcg,thread=multi" } else { &m.accelerator };
     let mut argv: Vec<String> = [
         ("-name", format!("{},debug-threads=on", escape(&run.name))),
@@ -125,7 +135,7 @@ pub(crate) fn machine_arguments(m: &MachineSpec, files: &Files, run: &Run) -> Ve
         ("-qmp", format!("unix:{},server=on,wait=off", path(&run.qmp))),
         ("-serial", run.console.as_ref().map_or("null".to_owned(), |file| format!("file:{}", file.display()))),
         ("-display", "none".to_owned()),
-        ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny".to_owned()),
+        ("-sandbox", sandbox.to_owned()),
     ]
     .into_iter()
     .flat_map(|(flag, value)| [flag.to_owned(), value])
@@ -135,7 +145,7 @@ pub(crate) fn machine_arguments(m: &MachineSpec, files: &Files, run: &Run) -> Ve
     }
     argv.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
     if run.start == Start::Clone {
-        argv.extend(["-incoming".to_owned(), "defer".to_owned()]);
+        argv.extend(["-run-with", &format!("user={CLONE_USER}"), "-incoming", "defer"].map(str::to_owned));
     }
     argv
 }
@@ -207,7 +217,8 @@ pub fn check_host(manifest: &Manifest, host: &Host) -> std::result::Result<(), M
         ("machine type", m.machine_type.clone(), MACHINE_TYPE.to_owned(), rebuild),
         ("CPU model", m.cpu_model.clone(), cpu_model(&host.accelerator).to_owned(), rebuild),
         ("network back end", m.netdev.clone(), NETDEV.to_owned(), rebuild),
-        ("devices", m.devices.join(" "), devices(&manifest.guest.mac).join(" "), rebuild),
+        // Quoted, for a space within one device would make it look like two.
+        ("devices", format!("{:?}", m.devices), format!("{:?}", devices(&manifest.guest.mac)), rebuild),
     ];
     match compared.into_iter().find(|(_, needs, has, _)| needs != has) {
         Some((what, needs, has, next)) => Err(Mismatch { image: manifest.name.clone(), what, needs, has, next }),
@@ -321,7 +332,7 @@ pub(crate) mod tests {
     fn a_clone_maps_memory_privately_and_waits_a_boot_writes_it() {
         let clone = argv(Start::Clone);
         assert!(clone.contains("mem-path=/i/memory,share=off,readonly=on,rom=off"), "{clone}");
-        assert!(clone.ends_with("-incoming defer"), "{clone}");
+        assert!(clone.ends_with("-run-with user=nobody -incoming defer"), "{clone}");
         let boot = argv(Start::Boot);
         assert!(boot.contains("mem-path=/i/memory,share=on") && !boot.contains("-incoming"), "{boot}");
     }
@@ -353,6 +364,7 @@ pub(crate) mod tests {
         differs(|m| m.machine.qemu_version = "9.2.0".to_owned(), "QEMU version");
         differs(|m| m.machine.netdev = "user".to_owned(), "network back end");
         differs(|m| m.machine.devices.push("virtio-balloon-pci".to_owned()), "devices");
+        differs(|m| m.machine.devices = vec![m.machine.devices.join(" ")], "devices");
     }
 
     #[test]

@@ -1,10 +1,14 @@
 //! QEMU's monitor: one JSON line out, one back, events in between.
 
 use crate::error::{Error, Result, io};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
+use std::fs::File;
+use std::io::IoSlice;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -52,10 +56,36 @@ impl Qmp {
     /// # Errors
     /// [`Error::Qmp`] with QEMU's own words, or [`Error::Timeout`].
     pub async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let line = json!({ "execute": command, "arguments": arguments }).to_string() + "\n";
+        let sent = self.out.write_all(line.as_bytes()).await;
+        sent.map_err(|e| Error::Qmp { command: command.to_owned(), problem: e.to_string() })?;
+        self.answer(command).await
+    }
+
+    /// Gives QEMU an open file, which goes with the monitor's last connection; returns its `/dev/fdset` number.
+    async fn give(&mut self, file: &File) -> Result<u64> {
+        let fail = |problem: String| Error::Qmp { command: "add-fd".to_owned(), problem };
+        let line = json!({ "execute": "add-fd" }).to_string() + "\n";
+        let stream: &UnixStream = self.out.as_ref();
+        let send = || {
+            let (text, file) = ([IoSlice::new(line.as_bytes())], [file.as_raw_fd()]);
+            let with = [ControlMessage::ScmRights(&file)];
+            sendmsg::<()>(stream.as_raw_fd(), &text, &with, MsgFlags::MSG_NOSIGNAL, None).map_err(Into::into)
+        };
+        // A line of this length goes into an empty socket whole.
+        let sent = timeout_at(Instant::now() + COMMAND_LIMIT, stream.async_io(Interest::WRITABLE, send)).await;
+        match sent {
+            Ok(Ok(sent)) if sent == line.len() => {}
+            Ok(Ok(sent)) => return Err(fail(format!("took {sent} of {} bytes", line.len()))),
+            Ok(Err(e)) => return Err(fail(e.to_string())),
+            Err(_) => return Err(Error::Timeout { what: "giving QEMU a file".into(), after: COMMAND_LIMIT }),
+        }
+        let answer = self.answer("add-fd").await?;
+        answer.get("fdset-id").and_then(Value::as_u64).ok_or_else(|| fail(format!("answered {answer}")))
+    }
+
+    async fn answer(&mut self, command: &str) -> Result<Value> {
         let fail = |problem: String| Error::Qmp { command: command.to_owned(), problem };
-        let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
-        line.push('\n');
-        self.out.write_all(line.as_bytes()).await.map_err(|e| fail(e.to_string()))?;
         let deadline = Instant::now() + COMMAND_LIMIT;
         loop {
             let mut said = self.line(deadline, command).await?;
@@ -85,13 +115,15 @@ impl Qmp {
         }
     }
 
-    /// Loads device state saved by [`Qmp::save_state`] into a QEMU started with `-incoming defer`. Memory comes from its own file.
+    /// Loads device state saved by [`Qmp::save_state`] into a QEMU started with `-incoming defer`. Memory comes
+    /// from its own file. The file is opened here: QEMU has become a user that may not.
     ///
     /// # Errors
-    /// QEMU's own words: most often another machine type or device.
+    /// The file cannot be opened, or QEMU's own words: most often another machine type or device.
     pub async fn load_state(&mut self, device: &Path) -> Result<()> {
         self.capabilities().await?;
-        self.execute("migrate-incoming", json!({ "uri": format!("file:{}", device.display()) })).await?;
+        let set = self.give(&File::open(device).map_err(io("open", device))?).await?;
+        self.execute("migrate-incoming", json!({ "uri": format!("file:/dev/fdset/{set}") })).await?;
         let deadline = Instant::now() + STATE_LIMIT;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());

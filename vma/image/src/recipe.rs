@@ -170,7 +170,9 @@ impl Hashed {
 
 impl Recipe {
     fn check(&self) -> std::result::Result<(), String> {
-        self.name.parse::<vmatrix_model::ServiceId>().map_err(|e| e.to_string())?;
+        if !crate::store::is_image_name(&self.name) {
+            return Err(Error::BadName { name: self.name.chars().take(80).collect() }.to_string());
+        }
         if !(64..=65_536).contains(&self.memory_mib) {
             return Err(format!("memory_mib = {} is not 64 to 65536", self.memory_mib));
         }
@@ -250,7 +252,7 @@ mod tests {
             ("128", "1", "memory_mib = 1"),
             ("[80]", "[]", "at least one port"),
             ("[\"nginx\"]", "[]", "at least one line"),
-            ("\"r\"", "\"../r\"", "not a DNS label"),
+            ("\"r\"", "\"../r\"", "not the name of an image"),
         ] {
             let error = refusal(|t| t.replacen(from, to, 1));
             assert!(error.contains(says), "{to}: {error}");

@@ -2,20 +2,14 @@
 //!
 //! text ─▶ signature, format, names, sizes ─▶ Manifest + digest, or a refusal that names the fault.
 
-use crate::chunks::CHUNK_MAX;
+use crate::bounds::check;
 use crate::error::{Error, Result, io};
-use crate::store::{STORED_MAX, Store, write_whole};
+use crate::store::{Store, write_whole};
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
-use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use vmatrix_model::Digest;
-use vmatrix_model::manifest::{FORMAT, MANIFEST_MAX, Manifest, Part, PartKind, SignedManifest};
-
-/// Largest part: the memory of the largest guest.
-pub const PART_MAX: u64 = 64 << 30;
-/// Most chunks in a part; what `MANIFEST_MAX` has room for.
-const CHUNKS_MAX: usize = 256 << 10;
+use vmatrix_model::manifest::{MANIFEST_MAX, Manifest, SignedManifest};
 
 /// Checks signature, trust, format and sizes, and reads the manifest; the digest is that of its text.
 /// `trusted` holds signers' public keys, 64 hex digits each.
@@ -61,67 +55,6 @@ fn claimed_name(text: &str) -> String {
     serde_json::from_str::<Named>(text).map_or("?".to_owned(), |n| n.name.chars().take(80).collect())
 }
 
-/// Whether everything a manifest says is possible. Its words reach a command line, its sizes an allocation.
-fn check(m: &Manifest) -> std::result::Result<(), String> {
-    if m.format != FORMAT {
-        return Err(format!("format {} is not {FORMAT}, the one this version reads", m.format));
-    }
-    m.name.parse::<vmatrix_model::ServiceId>().map_err(|e| e.to_string())?;
-    let word = |what: &str, w: &str| {
-        let good =
-            !w.is_empty() && w.len() <= 64 && w.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-        if good { Ok(()) } else { Err(format!("{what} {w:?} is not a plain word")) }
-    };
-    word("machine_type", &m.machine.machine_type)?;
-    word("cpu_model", &m.machine.cpu_model)?;
-    word("accelerator", &m.machine.accelerator)?;
-    word("qemu_version", &m.machine.qemu_version)?;
-    word("netdev", &m.machine.netdev)?;
-    if !(1..=64).contains(&m.machine.smp) || !(16..=PART_MAX >> 20).contains(&m.machine.memory_mib) {
-        return Err(format!("{} processors or {} MiB are out of range", m.machine.smp, m.machine.memory_mib));
-    }
-    let path = &m.guest.health.path;
-    if !path.starts_with('/') || path.len() > 512 || !path.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(format!("health path {path:?} is not a plain path"));
-    }
-    let mut kinds = BTreeSet::new();
-    for part in &m.parts {
-        if !kinds.insert(part.kind) {
-            return Err(format!("part {:?} is there twice", part.kind));
-        }
-        check_part(part)?;
-    }
-    for kind in [PartKind::Memory, PartKind::Device, PartKind::Disk, PartKind::Kernel, PartKind::Initrd] {
-        if !kinds.contains(&kind) {
-            return Err(format!("part {kind:?} is missing"));
-        }
-    }
-    match m.part(PartKind::Memory) {
-        Some(p) if p.size.0 != m.machine.memory_mib << 20 => {
-            Err(format!("its memory part has {} bytes, its machine {} MiB", p.size.0, m.machine.memory_mib))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn check_part(part: &Part) -> std::result::Result<(), String> {
-    let kind = part.kind;
-    let chunk = part.chunk.0;
-    if !(4096..=CHUNK_MAX as u64).contains(&chunk) {
-        return Err(format!("part {kind:?} has chunks of {chunk} bytes, not 4096 to {CHUNK_MAX}"));
-    }
-    if part.size.0 > PART_MAX || part.chunks.len() > CHUNKS_MAX {
-        return Err(format!("part {kind:?} of {} bytes is larger than {PART_MAX}", part.size.0));
-    }
-    if part.size.0.div_ceil(chunk) != part.chunks.len() as u64 {
-        return Err(format!("part {kind:?} of {} bytes cannot have {} chunks", part.size.0, part.chunks.len()));
-    }
-    match part.chunks.iter().flatten().find(|c| c.stored.0 == 0 || c.stored.0 > STORED_MAX as u64) {
-        Some(c) => Err(format!("chunk {} of part {kind:?} has {} stored bytes", c.digest, c.stored.0)),
-        None => Ok(()),
-    }
-}
-
 /// Signs a manifest with the store's builder key, which is made if there is none.
 ///
 /// # Errors
@@ -138,7 +71,8 @@ pub fn sign(store: &Store, manifest: &Manifest) -> Result<SignedManifest> {
     })
 }
 
-/// The public key of the store's builder, 64 hex digits: what machines list as a signer.
+/// The public key of the store's builder, 64 hex digits, for whoever is about to build: the key is made if
+/// there is none.
 ///
 /// # Errors
 /// The key cannot be read or made.
@@ -146,22 +80,41 @@ pub fn builder_public(store: &Store) -> Result<String> {
     Ok(hex(builder_key(store)?.verifying_key().as_bytes()))
 }
 
+/// The public key of the store's builder, 64 hex digits: what machines list as a signer. Changes nothing.
+///
+/// # Errors
+/// [`Error::NoKey`]: nothing was built here; or the key cannot be read.
+pub fn public(store: &Store) -> Result<String> {
+    let path = key_path(store);
+    let key = read_key(&path)?.ok_or(Error::NoKey { path })?;
+    Ok(hex(key.verifying_key().as_bytes()))
+}
+
+fn key_path(store: &Store) -> PathBuf {
+    store.dir().join("keys").join("builder")
+}
+
+fn read_key(path: &Path) -> Result<Option<SigningKey>> {
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(io("read", path)(e)),
+    };
+    from_hex(text.trim()).map(|seed| Some(SigningKey::from_bytes(&seed))).ok_or_else(|| Error::BadRecipe {
+        file: path.to_owned(),
+        problem: "not 64 hex digits; remove it to have a new key made, and images built again".to_owned(),
+    })
+}
+
 fn builder_key(store: &Store) -> Result<SigningKey> {
-    let path: PathBuf = store.dir().join("keys").join("builder");
-    match fs::read_to_string(&path) {
-        Ok(text) => from_hex(text.trim()).map(|seed| SigningKey::from_bytes(&seed)).ok_or_else(|| Error::BadRecipe {
-            file: path,
-            problem: "not 64 hex digits; remove it to have a new key made, and images built again".to_owned(),
-        }),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let mut seed = [0; 32];
-            getrandom::fill(&mut seed)
-                .map_err(|e| io("make a key for", &path)(std::io::Error::other(e.to_string())))?;
-            write_whole(&path, hex(&seed).as_bytes(), 0o600)?;
-            Ok(SigningKey::from_bytes(&seed))
-        }
-        Err(e) => Err(io("read", &path)(e)),
+    let path = key_path(store);
+    if let Some(key) = read_key(&path)? {
+        return Ok(key);
     }
+    let mut seed = [0; 32];
+    getrandom::fill(&mut seed).map_err(|e| io("make a key for", &path)(std::io::Error::other(e.to_string())))?;
+    write_whole(&path, hex(&seed).as_bytes())?;
+    Ok(SigningKey::from_bytes(&seed))
 }
 
 pub(crate) fn hex(bytes: &[u8]) -> String {
@@ -223,21 +176,27 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_refused_even_if_signed() {
-        let (_dir, store, ..) = signed();
-        let refuses = |change: fn(&mut Manifest), word: &str| {
-            let mut m = manifest();
-            change(&mut m);
-            let error = sign(&store, &m).unwrap_err().to_string();
-            assert!(error.contains(word), "{error} does not say {word}");
-        };
-        refuses(|m| m.format = 2, "format 2");
-        refuses(|m| m.machine.cpu_model = "Nehalem,-sse".to_owned(), "cpu_model");
-        refuses(|m| m.machine.memory_mib = 256, "memory part");
-        refuses(|m| m.guest.health.path = "/ HTTP/1.0\r\n".to_owned(), "health path");
-        refuses(|m| m.parts.truncate(2), "missing");
-        refuses(|m| m.parts[0].chunk = vmatrix_model::Bytes(1 << 40), "has chunks of");
-        refuses(|m| m.parts[0].chunks.truncate(1), "cannot have 1 chunks");
-        refuses(|m| m.parts.push(m.parts[1].clone()), "twice");
+        let (_dir, store, _, trusted) = signed();
+        let mut m = manifest();
+        m.guest.mac = "52:54:00:12:34:56 drop; flush ruleset".to_owned();
+        assert!(sign(&store, &m).unwrap_err().to_string().contains("mac"));
+        // As a trusted builder that does not look would have signed it.
+        let text = serde_json::to_string(&m).unwrap();
+        let key = builder_key(&store).unwrap();
+        let signature = hex(&key.sign(text.as_bytes()).to_bytes());
+        let signed = SignedManifest { signature, signer: trusted[0].clone(), manifest: text };
+        assert!(
+            matches!(verify(&signed, &trusted), Err(Error::BadManifest { problem, .. }) if problem.contains("mac"))
+        );
+    }
+
+    #[test]
+    fn reading_the_public_key_makes_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        assert!(matches!(public(&store), Err(Error::NoKey { .. })));
+        assert!(!dir.path().join("keys/builder").exists(), "a key was made");
+        assert_eq!(builder_public(&store).unwrap(), public(&store).unwrap());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use vmatrix_model::demand::DemandReport;
 use vmatrix_model::edge_config::EdgeSeen;
 
-const EDGE: &str = "10.1.2.1:8442";
+const EDGE: &str = "198.19.1.1:8442";
 const VIP: &str = "198.19.1.100:80";
 
 /// A client network, an edge, two cells, and another network's public address behind the uplink.
@@ -18,6 +18,7 @@ fn site() -> Site {
     site.join(("client", "up0", "10.1.2.9/24"), ("edge", "wan0", "10.1.2.1/24"));
     site.join(("edge", "ca", "100.64.0.1/30"), ("cella", "eth0", "100.64.0.2/30"));
     site.join(("edge", "cb", "100.64.0.5/30"), ("cellb", "eth0", "100.64.0.6/30"));
+    site.ip("edge", "addr add 198.19.1.1/32 dev lo");
     site.ip("client", "route add default via 10.1.2.1");
     site.ip("cella", "route add default via 100.64.0.1");
     site.ip("cellb", "route add default via 100.64.0.5");
@@ -25,8 +26,12 @@ fn site() -> Site {
         site.leave(cell, echo_server(&format!("{address}:80"), name));
         site.leave(cell, echo_server(&format!("{address}:81"), name));
     }
-    site.write("edge.toml", "network = \"lyon\"\nlisten = \"10.1.2.1:8442\"\ndns_listen = \"10.1.2.1:53\"\nstate_dir = \"state\"\ntoken_file = \"token\"\ncpa = \"http://127.0.0.1:8440\"\nzone = \"vmatrix.test\"\nuplink = \"wan0\"\n");
+    ask_cpa_at(&site, "127.0.0.1");
     site
+}
+
+fn ask_cpa_at(site: &Site, cpa: &str) {
+    site.write("edge.toml", &format!("network = \"lyon\"\nlisten = \"198.19.1.1:8442\"\ndns_listen = \"10.1.2.1:53\"\nstate_dir = \"state\"\ntoken_file = \"token\"\ncpa = \"http://{cpa}:8440\"\nzone = \"vmatrix.test\"\nuplink = \"wan0\"\n"));
 }
 
 fn start(site: &mut Site) -> usize {
@@ -117,7 +122,9 @@ fn machine_only_declared_ports_answer() {
     let ways = [
         ("client", VIP, true),
         ("cellb", VIP, true),
-        ("client", EDGE, true),
+        ("client", EDGE, false),
+        ("client", "198.19.1.1:8441", false),
+        ("client", "10.1.2.1:8442", false),
         ("client", "198.19.1.100:81", false),
         ("client", "198.19.1.100:8442", false),
         ("client", "198.19.1.100:53", false),
@@ -127,6 +134,7 @@ fn machine_only_declared_ports_answer() {
         ("cellb", "100.64.0.2:80", false),
         ("cellb", "100.64.0.5:8442", false),
         ("cellb", "10.1.2.1:8442", false),
+        ("cellb", EDGE, false),
     ];
     // At once, for what is dropped is noticed by waiting.
     std::thread::scope(|s| {
@@ -136,6 +144,24 @@ fn machine_only_declared_ports_answer() {
             assert_eq!(answered.join().unwrap(), open, "from {from} to {to}");
         }
     });
+}
+
+#[test]
+fn machine_the_control_ports_answer_the_cpa() {
+    let mut site = site();
+    ask_cpa_at(&site, "10.1.2.9");
+    start(&mut site);
+    assert!(site.within("client", || Line::open(EDGE).is_ok()), "the CPA cannot reach the edge");
+    site.ip("client", "addr add 10.1.2.8/24 dev up0");
+    site.ip("client", "route replace 198.19.1.1/32 via 10.1.2.1 src 10.1.2.8");
+    assert!(!site.within("client", || Line::open(EDGE).is_ok()), "its neighbour can, too");
+}
+
+/// Gives a namespace a chain with one rule.
+fn rule(site: &Site, namespace: &str, hook: &str, rule: &str) {
+    let text = format!("table ip test {{\nchain c {{\ntype filter hook {hook} priority mangle\n{rule}\n}}\n}}\n");
+    let file = site.write("test.nft", &text);
+    site.within(namespace, || crate::site::run(&format!("nft -f {file}")));
 }
 
 #[test]
@@ -150,7 +176,10 @@ fn machine_stragglers_are_sent_on_to_where_it_is_served() {
     let mut kept = site.within("client", || Line::open(VIP).unwrap());
     assert_eq!(kept.say("x").unwrap().0, "a");
     assert_eq!(put(&site, &config(2, &[], &[A], Some("198.19.2.100"))).0, 200);
+    rule(&site, "client", "input", "ip daddr 198.19.2.100 tcp dport 80 ip dscp 43 counter");
     let answer = site.within("cellb", || Line::open(VIP).unwrap().say("x").unwrap());
+    let counted = site.within("client", || crate::site::run("nft list table ip test"));
+    assert!(counted.contains("counter packets") && !counted.contains("packets 0"), "not marked as sent on: {counted}");
     assert_eq!(answer, ("elsewhere".to_owned(), "10.1.2.1".parse().unwrap()), "our address stands in for the client's");
     assert_eq!(kept.say("x").unwrap().0, "a", "the established connection stays");
 }
@@ -196,6 +225,11 @@ fn machine_demand_is_counted_once_and_kept_while_the_cpa_is_away() {
     site.until("seven requests are told", || requests() >= 7);
     wait(2500);
     assert_eq!(requests(), 7);
+    // What another edge sends on was counted there.
+    rule(&site, "client", "output", "ip daddr 198.19.1.100 ip dscp set 43");
+    assert_eq!(answers(&site, 5), BTreeMap::from([("a".to_owned(), 5)]));
+    wait(2500);
+    assert_eq!(requests(), 7, "a straggler was counted again");
     let reports = reports.lock().unwrap();
     assert!(
         reports.windows(2).all(|w| w[1].sequence == w[0].sequence + 1 && w[0].run == w[1].run),
@@ -225,6 +259,8 @@ fn machine_a_killed_edge_comes_back_as_it_was() {
     assert!(body.contains("g4 is older than g5"), "{body}");
     assert_eq!(put(&site, &config(5, &[(A, 1)], &[], None)).0, 200);
     assert_eq!(put(&site, &config(6, &[(A, 99)], &[], None)).0, 422);
+    let own = config(6, &[(A, 1)], &[], None).replace("198.19.1.100", "198.19.1.1");
+    assert_eq!(put(&site, &own).0, 422, "the gateway's own address was made a public one");
     assert_eq!(answers(&site, 5), BTreeMap::from([("a".to_owned(), 5)]));
     let none = serde_json::json!({"generation": 7, "network": "lyon", "services": {}}).to_string();
     assert_eq!(put(&site, &none).0, 200);

@@ -6,7 +6,7 @@
 
 use super::chart::{COLORS, Chart, escape};
 use super::{Report, action, cause_in_words, crowd, ms, percentile};
-use crate::recording::{Recording, Request};
+use crate::recording::{Ports, Recording, Request};
 use crate::scenario::Scenario;
 use std::collections::BTreeMap;
 use std::fmt::Write;

@@ -40,8 +40,11 @@ impl Machine {
             self.release(&spec.instance).await?;
         }
         let staged =
-            self.stages.whole(&spec.image).with_context(|| format!("image {} is not staged here", spec.image))?;
+            || self.stages.whole(&spec.image).with_context(|| format!("image {} is not staged here", spec.image));
+        staged()?;
         let record = self.records.begin(spec, self.config.cells)?;
+        // Looked up again: once the cell is begun, no newer image takes this one's place.
+        let staged = staged()?;
         let guest = &staged.manifest.guest;
         let built = self.build(&record, guest.address, guest.gateway, &guest.mac);
         built.with_context(|| format!("cannot build the cell of {}", spec.instance))?;
@@ -57,7 +60,7 @@ impl Machine {
     fn build(&self, record: &Record, guest: Ipv4Addr, gateway: Ipv4Addr, mac: &str) -> anyhow::Result<()> {
         let name = self.namespace(&record.spec.instance);
         let outside = outer_name(record);
-        self.unbuild(record)?;
+        self.unbuild(&record.spec.instance)?;
         let (outer, cell) = (record.link.outer, record.link.cell);
         netns::ip_batch(None, &[format!("netns add {name}")])?;
         netns::ip_batch(
@@ -153,24 +156,35 @@ impl Machine {
 
     /// Takes the cell down, with whatever still runs in it.
     pub(super) async fn release(&self, instance: &InstanceId) -> anyhow::Result<()> {
-        let Some(record) = self.records.get(instance) else { return Ok(()) };
+        if self.records.get(instance).is_none() {
+            return Ok(());
+        }
+        self.take_down(instance).await
+    }
+
+    /// Takes down whatever goes by an instance's name, with or without a record of it.
+    pub(super) async fn take_down(&self, instance: &InstanceId) -> anyhow::Result<()> {
         self.end_vm(instance).await?;
         if let Some(tunnel) = self.find_tunnel(instance) {
             process::end(&tunnel, TUNNEL_GRACE)
                 .await
                 .with_context(|| format!("cannot end the tunnel of {instance}"))?;
         }
-        self.unbuild(&record).with_context(|| format!("cannot take down the cell of {instance}"))?;
+        self.unbuild(instance).with_context(|| format!("cannot take down the cell of {instance}"))?;
         self.records.forget(instance)
     }
 
-    fn unbuild(&self, record: &Record) -> anyhow::Result<()> {
-        let name = self.namespace(&record.spec.instance);
-        let outside = outer_name(record);
-        if nix::net::if_::if_nametoindex(outside.as_str()).is_ok() {
+    fn unbuild(&self, instance: &InstanceId) -> anyhow::Result<()> {
+        let name = self.namespace(instance);
+        if let Some(outside) = self.records.get(instance).as_ref().map(outer_name)
+            && nix::net::if_::if_nametoindex(outside.as_str()).is_ok()
+        {
             netns::ip_batch(None, &[format!("link del {outside}")])?;
         }
         if netns::path(&name).exists() {
+            // The kernel takes a namespace down later; the pair is to be gone now, also without a record of it.
+            // Not there: the namespace was made and nothing in it.
+            let _ = netns::ip_batch(Some(&name), &[format!("link del {UPLINK}")]);
             netns::ip_batch(None, &[format!("netns del {name}")])?;
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! What a machine does without being asked: subscribes, checks health, keeps tunnels up.
+//! What a machine does without being asked: subscribes, checks health, keeps tunnels up, renews images.
 
 use super::record::Phase;
 use super::{Machine, process, vm};
@@ -19,6 +19,8 @@ const TUNNELS_EVERY: Duration = Duration::from_secs(1);
 const HEALTH_EVERY: Duration = Duration::from_secs(5);
 /// An answer that takes longer is a missed one.
 const HEALTH_LIMIT: Duration = Duration::from_secs(5);
+/// Between questions for newer images: one small request each, for the origin says when nothing changed.
+const RENEW_EVERY: Duration = Duration::from_secs(30);
 /// Missed in a row, it no longer counts as answering: a crowd may make it miss one or two.
 pub const MISSED_MAX: u32 = 4;
 
@@ -28,7 +30,7 @@ pub async fn subscribe(machine: Arc<Machine>) {
     let url = format!("{}/v1/machines", c.vma);
     let mut silent = false;
     loop {
-        let taken: u64 = machine.records.all().iter().map(|r| r.spec.memory_mib).sum();
+        let taken = machine.records.all().iter().map(|r| r.spec.memory_mib).fold(0, u64::saturating_add);
         let seen = MachineSeen {
             id: c.name.clone(),
             cpus: c.cpus,
@@ -71,6 +73,18 @@ pub async fn health(machine: Arc<Machine>) {
     }
 }
 
+/// Asks the origin for newer images, one after the other so that they share no link.
+pub async fn renew(machine: Arc<Machine>) {
+    loop {
+        tokio::time::sleep(RENEW_EVERY).await;
+        for image in machine.stages.whole_names() {
+            if let Err(e) = machine.renew(&image).await {
+                tracing::warn!(image, error = format!("{e:#}"), "not renewed; the image that is here stays");
+            }
+        }
+    }
+}
+
 /// Starts again the tunnel of any cell whose tunnel ended.
 pub async fn tunnels(machine: Arc<Machine>) {
     loop {
@@ -82,8 +96,9 @@ pub async fn tunnels(machine: Arc<Machine>) {
         };
         for record in machine.records.all().into_iter().filter(lame) {
             let instance = record.spec.instance.clone();
-            let _alone = machine.alone(&instance).lock_owned().await;
-            // It may have been released while another step was waited for.
+            // Under a step it is looked at again in a second: others' tunnels need not wait for a resume.
+            let Ok(_alone) = machine.alone(&instance).try_lock_owned() else { continue };
+            // It may have been released since it was listed.
             if machine.records.get(&instance).as_ref() != Some(&record) {
                 continue;
             }

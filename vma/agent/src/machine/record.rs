@@ -43,21 +43,30 @@ struct Written {
     resumed_in: Option<Span>,
 }
 
+/// The instance that a folder is named after.
+fn named(folder: &str) -> Option<InstanceId> {
+    let (service, number) = folder.rsplit_once('-')?;
+    Some(InstanceId { service: service.parse().ok()?, number: number.parse().ok()? })
+}
+
 /// All cells of a machine.
 #[derive(Debug)]
 pub struct Records {
     dir: PathBuf,
     cells: Mutex<BTreeMap<InstanceId, Record>>,
+    /// Cells whose record could not be read: something may run in them.
+    strays: Vec<InstanceId>,
 }
 
 impl Records {
-    /// Reads what an earlier run wrote; a folder without a readable record is a cell never begun.
+    /// Reads what an earlier run wrote. A cell whose record cannot be read is a stray, known by its folder's
+    /// name: another version may have written it, and its VM may run.
     ///
     /// # Errors
     /// The folder cannot be made or read.
     pub fn open(dir: &Path) -> io::Result<Records> {
         std::fs::create_dir_all(dir)?;
-        let mut cells = BTreeMap::new();
+        let (mut cells, mut strays) = (BTreeMap::new(), Vec::new());
         for entry in std::fs::read_dir(dir)? {
             let folder = entry?.path();
             match read(&folder) {
@@ -65,12 +74,20 @@ impl Records {
                     cells.insert(record.spec.instance.clone(), record);
                 }
                 Err(e) => {
-                    tracing::warn!(folder = %folder.display(), error = format!("{e:#}"), "a cell's record cannot be read; forgetting it");
-                    let _ = std::fs::remove_dir_all(&folder);
+                    tracing::warn!(folder = %folder.display(), error = format!("{e:#}"), "a cell's record cannot be read; taking it down");
+                    match folder.file_name().and_then(|n| n.to_str()).and_then(named) {
+                        Some(instance) => strays.push(instance),
+                        None => std::fs::remove_dir_all(&folder)?,
+                    }
                 }
             }
         }
-        Ok(Records { dir: dir.to_owned(), cells: Mutex::new(cells) })
+        Ok(Records { dir: dir.to_owned(), cells: Mutex::new(cells), strays })
+    }
+
+    /// Cells whose record could not be read.
+    pub fn strays(&self) -> &[InstanceId] {
+        &self.strays
     }
 
     /// A cell's folder.

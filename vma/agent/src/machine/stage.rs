@@ -5,19 +5,22 @@
 //!                                                 whole: written last, when nothing is missing
 //! ```
 //! What broke off goes on where it was: a part's file is read again, and what is there is not fetched.
+//!
+//! Of a whole image that no cell runs from, the origin is asked now and then whether it has another: that is
+//! staged beside it, and takes its place once it is whole and still no cell runs from the old one.
 
 use super::{Machine, fault};
 use crate::http;
 use anyhow::{Context, bail};
 use futures_util::TryStreamExt;
-use reqwest::Method;
+use reqwest::{Method, StatusCode, header};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::task::JoinHandle;
+use tokio::task::AbortHandle;
 use vmatrix_model::inventory::ImageSeen;
 use vmatrix_model::manifest::{Chunk, MANIFEST_MAX, Manifest, Part, PartKind, SignedManifest};
 use vmatrix_model::{Bytes, Digest};
@@ -39,6 +42,9 @@ const CHUNK_LIMIT: Duration = Duration::from_secs(60);
 /// A manifest of the largest size over such a link.
 const MANIFEST_LIMIT: Duration = Duration::from_secs(180);
 
+/// Longest name of a manifest's version that is kept.
+const TAG_MAX: usize = 128;
+
 /// An image that is here, whole.
 #[derive(Debug)]
 pub struct Staged {
@@ -54,12 +60,21 @@ struct Image {
     /// Digest and stored bytes, once the manifest is here.
     known: Option<(Digest, Bytes)>,
     counts: Arc<Counts>,
-    task: Option<JoinHandle<()>>,
+    task: Option<AbortHandle>,
     trouble: Option<Fault>,
+    /// What the origin called the version of its manifest that was looked at last.
+    tag: Option<String>,
+}
+
+/// A manifest that is trusted and fits this host.
+struct Trusted {
+    signed: SignedManifest,
+    manifest: Manifest,
+    digest: Digest,
 }
 
 #[derive(Debug, Default)]
-struct Counts {
+pub struct Counts {
     present: AtomicU64,
     fetched: AtomicU64,
 }
@@ -79,8 +94,11 @@ impl Stages {
     pub fn open(dir: &Path) -> io::Result<Stages> {
         std::fs::create_dir_all(dir)?;
         let mut images = BTreeMap::new();
-        for entry in std::fs::read_dir(dir)? {
-            let folder = entry?.path();
+        let mut folders = std::fs::read_dir(dir)?.map(|e| Ok(e?.path())).collect::<io::Result<Vec<PathBuf>>>()?;
+        // A daemon killed while a newer image took the place of an older one, which nothing ran from, leaves
+        // both whole: the newer counts.
+        folders.sort_by_key(|f| std::fs::metadata(f.join("whole")).and_then(|m| m.modified()).ok());
+        for folder in folders {
             let Some(name) = image_of(&folder) else { continue };
             let image: &mut Image = images.entry(name).or_default();
             if !folder.join("whole").exists() {
@@ -91,7 +109,10 @@ impl Stages {
                     let total = stored(&staged.manifest);
                     image.counts.present.store(total.0, Ordering::Relaxed);
                     image.known = Some((staged.digest, total));
-                    image.whole = Some(Arc::new(staged));
+                    let older = image.whole.replace(Arc::new(staged));
+                    if let Some(folder) = older.as_ref().and_then(|o| o.files.memory.parent()) {
+                        std::fs::remove_dir_all(folder)?;
+                    }
                 }
                 Err(e) => {
                     tracing::warn!(folder = %folder.display(), error = format!("{e:#}"), "a staged image cannot be read; staging it anew")
@@ -116,7 +137,7 @@ impl Stages {
                     let present = Bytes(i.counts.present.load(Ordering::Relaxed)).min(total);
                     // Complete is said of what was checked and written to the end, not of a sum.
                     let present = if i.whole.is_some() { total } else { present.min(Bytes(total.0.saturating_sub(1))) };
-                    ImageSeen { digest, present, total, fetched: Bytes(i.counts.fetched.load(Ordering::Relaxed)) }
+                    ImageSeen { digest, present, total, fetched: i.counts.fetched() }
                 }),
                 fetching: i.is_fetching(),
                 trouble: i.trouble.clone(),
@@ -147,6 +168,11 @@ impl Stages {
         Ok(())
     }
 
+    /// Names of images that are here whole.
+    pub fn whole_names(&self) -> Vec<String> {
+        self.lock().iter().filter(|(_, i)| i.whole.is_some()).map(|(name, _)| name.clone()).collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Image>> {
         self.images.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -170,8 +196,18 @@ impl Stages {
 
 impl Image {
     fn is_fetching(&self) -> bool {
-        self.task.as_ref().is_some_and(|t| !t.is_finished())
+        is_running(self.task.as_ref())
     }
+}
+
+impl Counts {
+    fn fetched(&self) -> Bytes {
+        Bytes(self.fetched.load(Ordering::Relaxed))
+    }
+}
+
+fn is_running(task: Option<&AbortHandle>) -> bool {
+    task.is_some_and(|t| !t.is_finished())
 }
 
 impl Machine {
@@ -185,20 +221,78 @@ impl Machine {
         i.trouble = None;
         i.counts.present.store(0, Ordering::Relaxed);
         let (machine, name, counts) = (self.clone(), image.to_owned(), i.counts.clone());
-        i.task = Some(tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             let began = std::time::Instant::now();
             match machine.fetch(&name, &counts).await {
-                Ok(staged) => {
-                    tracing::info!(image = name, digest = staged.digest.short(), fetched = %Bytes(counts.fetched.load(Ordering::Relaxed)), took_ms = began.elapsed().as_millis(), "staged");
-                    machine.stages.change(&name, |i| i.whole = Some(Arc::new(staged)));
+                Ok(digest) => {
+                    tracing::info!(image = name, digest = digest.short(), fetched = %counts.fetched(), took_ms = began.elapsed().as_millis(), "staged");
                 }
                 Err(e) => {
                     tracing::warn!(image = name, error = format!("{e:#}"), "staging stopped");
                     machine.stages.change(&name, |i| i.trouble = Some(fault(&e)));
                 }
             }
-        }));
+        });
+        i.task = Some(task.abort_handle());
         Ok(())
+    }
+
+    /// Asks the origin whether it has another image of this name than the one here, and if so stages it
+    /// and lets it take the old one's place. Does nothing while a cell runs from the old one.
+    ///
+    /// # Errors
+    /// The origin does not answer, what it has is not trusted or does not fit this host, or it cannot be
+    /// fetched; the old one stays.
+    pub(super) async fn renew(self: &Arc<Self>, name: &str) -> anyhow::Result<()> {
+        if self.runs_from(name) {
+            return Ok(());
+        }
+        let (old, tag) = match self.stages.lock().get(name) {
+            Some(Image { whole: Some(whole), tag, task, .. }) if !is_running(task.as_ref()) => {
+                (whole.digest, tag.clone())
+            }
+            _ => return Ok(()),
+        };
+        let Some((signed, tag)) = self.fetch_manifest(name, tag.as_deref()).await? else { return Ok(()) };
+        let trusted = self.trust(name, signed);
+        if !matches!(&trusted, Ok(t) if t.digest != old) {
+            // The same, or refused: not worth another look until it changes.
+            self.stages.change(name, |i| i.tag = tag);
+            return trusted.map(|_| ());
+        }
+        let trusted = trusted?;
+        tracing::info!(
+            image = name,
+            old = old.short(),
+            new = trusted.digest.short(),
+            "the origin has another image; staging it beside the old one"
+        );
+        let task = {
+            let mut images = self.stages.lock();
+            // Something may have happened to the old one while the origin was asked.
+            let Some(i) = images.get_mut(name).filter(|i| i.whole.is_some() && !i.is_fetching()) else {
+                return Ok(());
+            };
+            let (machine, image, counts) = (self.clone(), name.to_owned(), Arc::new(Counts::default()));
+            let task = tokio::spawn(async move { machine.fetch_parts(&image, trusted, &counts).await });
+            i.task = Some(task.abort_handle());
+            task
+        };
+        match task.await {
+            Ok(Ok(_)) => {
+                // Where a cell was begun meanwhile, the newcomer waits: the origin is asked again as if anew.
+                let taken = self.stages.whole(name).is_some_and(|w| w.digest != old);
+                self.stages.change(name, |i| i.tag = tag.filter(|_| taken));
+                Ok(())
+            }
+            Ok(Err(e)) => Err(e),
+            // Dropped meanwhile.
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn runs_from(&self, image: &str) -> bool {
+        self.records.all().iter().any(|r| r.spec.image == image)
     }
 
     /// Removes the image, unless a cell runs from it.
@@ -212,14 +306,28 @@ impl Machine {
         self.stages.remove_folders(image, None)
     }
 
-    async fn fetch(&self, name: &str, counts: &Arc<Counts>) -> anyhow::Result<Staged> {
-        let signed = self.fetch_manifest(name).await?;
+    async fn fetch(&self, name: &str, counts: &Arc<Counts>) -> anyhow::Result<Digest> {
+        let (signed, tag) = self
+            .fetch_manifest(name, None)
+            .await?
+            .context("the origin says that nothing changed, and nothing is here")?;
+        let trusted = self.trust(name, signed)?;
+        let known = (trusted.digest, stored(&trusted.manifest));
+        self.stages.change(name, |i| (i.known, i.tag) = (Some(known), tag));
+        self.fetch_parts(name, trusted, counts).await
+    }
+
+    fn trust(&self, name: &str, signed: SignedManifest) -> anyhow::Result<Trusted> {
         let (manifest, digest) = verify(&signed, &self.config.signers)?;
         if manifest.name != name {
             bail!("the image asked for is {name} and the manifest is of {}; build it again", manifest.name);
         }
         check_host(&manifest, &self.host)?;
-        self.stages.change(name, |i| i.known = Some((digest, stored(&manifest))));
+        Ok(Trusted { signed, manifest, digest })
+    }
+
+    async fn fetch_parts(&self, name: &str, trusted: Trusted, counts: &Arc<Counts>) -> anyhow::Result<Digest> {
+        let Trusted { signed, manifest, digest } = trusted;
         let hex = digest.to_string();
         let folder = self.stages.dir.join(format!("{name}-{}", hex.get(..16).unwrap_or(&hex)));
         std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -229,31 +337,69 @@ impl Machine {
         for (part, path) in parts(&manifest, &files) {
             self.fetch_part(part, path, counts).await.with_context(|| format!("cannot stage {name}"))?;
         }
-        crate::replace(&folder.join("whole"), b"").with_context(|| format!("cannot write to {}", folder.display()))?;
-        self.stages.remove_folders(name, Some(&folder))?;
-        Ok(Staged { manifest, digest, files })
+        if self.put_in_place(name, Staged { manifest, digest, files }, &folder, counts)? {
+            self.stages.remove_folders(name, Some(&folder))?;
+        }
+        Ok(digest)
     }
 
-    async fn fetch_manifest(&self, name: &str) -> anyhow::Result<SignedManifest> {
+    /// From here on cells are made from `staged`; answers false where a cell still runs from another, and
+    /// then the newcomer waits in its folder for the next time the origin is asked.
+    pub(super) fn put_in_place(
+        &self,
+        name: &str,
+        staged: Staged,
+        folder: &Path,
+        counts: &Arc<Counts>,
+    ) -> anyhow::Result<bool> {
+        // Held throughout: a cell that is begun meanwhile is either seen here, or sees the new image.
+        let mut images = self.stages.lock();
+        let Some(image) = images.get_mut(name) else { return Ok(false) };
+        if image.whole.as_ref().is_some_and(|old| old.digest != staged.digest) && self.runs_from(name) {
+            return Ok(false);
+        }
+        crate::replace(&folder.join("whole"), b"").with_context(|| format!("cannot write to {}", folder.display()))?;
+        let total = stored(&staged.manifest);
+        if !Arc::ptr_eq(&image.counts, counts) {
+            image.counts.fetched.fetch_add(counts.fetched().0, Ordering::Relaxed);
+        }
+        image.counts.present.store(total.0, Ordering::Relaxed);
+        image.known = Some((staged.digest, total));
+        image.whole = Some(Arc::new(staged));
+        Ok(true)
+    }
+
+    /// The manifest and what the origin calls this version of it; none if that is still `known`.
+    async fn fetch_manifest(
+        &self,
+        name: &str,
+        known: Option<&str>,
+    ) -> anyhow::Result<Option<(SignedManifest, Option<String>)>> {
         let url = format!("{}/v1/images/{name}", self.config.images);
-        let answer = self
-            .client
-            .request(Method::GET, &url)
-            .timeout(MANIFEST_LIMIT)
+        let asked = self.client.request(Method::GET, &url).timeout(MANIFEST_LIMIT);
+        let answer = known
+            .into_iter()
+            .fold(asked, |asked, tag| asked.header(header::IF_NONE_MATCH, tag))
             .send()
             .await
             .map_err(reqwest::Error::without_url)
             .with_context(|| format!("cannot ask {url}"))?;
         let status = answer.status();
-        if status == reqwest::StatusCode::NOT_FOUND {
+        if status == StatusCode::NOT_MODIFIED && known.is_some() {
+            return Ok(None);
+        }
+        if status == StatusCode::NOT_FOUND {
             bail!("there is no image {name} at {}; build it with `vmatrix image build`", self.config.images);
         }
         if !status.is_success() {
             bail!("{url} answered {status}");
         }
+        let tag = answer.headers().get(header::ETAG).and_then(|t| t.to_str().ok());
+        let tag = tag.filter(|t| t.len() <= TAG_MAX).map(str::to_owned);
         // JSON text within JSON: quotes and newlines are escaped, so it may be larger than the manifest.
         let bytes = http::body(answer, 2 * MANIFEST_MAX).await.with_context(|| format!("cannot read {url}"))?;
-        serde_json::from_slice(&bytes).with_context(|| format!("{url} is not a signed manifest"))
+        let signed = serde_json::from_slice(&bytes).with_context(|| format!("{url} is not a signed manifest"))?;
+        Ok(Some((signed, tag)))
     }
 
     async fn fetch_part(&self, part: &Part, path: &Path, counts: &Arc<Counts>) -> anyhow::Result<()> {

@@ -1,19 +1,29 @@
 //! Cells on a real kernel: each test makes a namespace that stands for a network, and takes away all it made.
 
 use super::record::Phase;
+use super::stage::Staged;
 use super::{Machine, cell};
 use crate::config::MachineConfig;
+use axum::extract::{Path, State};
+use axum::http::header::{ETAG, IF_NONE_MATCH};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use vmatrix_model::manifest::{GuestSpec, Health, MachineSpec, Manifest, Measured, SignedManifest};
-use vmatrix_model::{Digest, InstanceId};
+use vmatrix_model::manifest::{GuestSpec, Health, MachineSpec, Manifest, Measured, Part, PartKind, SignedManifest};
+use vmatrix_model::{Bytes, Digest, InstanceId};
 use vmatrix_vma_core::cell::{BRIDGE, TAP, open};
 use vmatrix_vma_core::steps::{CellSpec, Life, Step};
-use vmatrix_vma_image::netns;
+use vmatrix_vma_image::machine::{Files, Host, check_host};
+use vmatrix_vma_image::sign::verify;
+use vmatrix_vma_image::{Store, netns, sign};
 
 const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 10);
 const MAC: &str = "52:54:00:76:6d:01";
@@ -112,9 +122,9 @@ fn spec(number: u32) -> CellSpec {
     }
 }
 
-/// An image without parts: enough for a cell.
-fn stage(state: &std::path::Path) -> PathBuf {
-    let manifest = Manifest {
+/// A manifest without parts: enough for a cell.
+fn manifest() -> Manifest {
+    Manifest {
         format: vmatrix_model::manifest::FORMAT,
         name: "tiny".into(),
         recipe: Digest::of(b"tiny"),
@@ -139,7 +149,12 @@ fn stage(state: &std::path::Path) -> PathBuf {
         },
         parts: vec![],
         measured: Measured { boot_ms: 1, answer_ms: 1 },
-    };
+    }
+}
+
+/// Puts an image without parts where staged images are.
+fn stage(state: &std::path::Path) -> PathBuf {
+    let manifest = manifest();
     let signed = SignedManifest {
         manifest: serde_json::to_string(&manifest).unwrap(),
         signature: String::new(),
@@ -273,6 +288,43 @@ fn machine_cells_are_found_again_after_the_daemon_was_killed() {
 }
 
 #[test]
+fn machine_a_cell_whose_record_cannot_be_read_is_taken_down_by_name() {
+    let network = Network::new("s");
+    stage(&network.dir.path().join("state"));
+    let before = network.machine();
+    network.block_on(before.step(Step::Prepare(spec(0)))).unwrap();
+    let folder = before.records.folder(&instance(0));
+    drop(before);
+    std::fs::write(folder.join("cell.json"), "{\"of\": \"another version\"}").unwrap();
+    let after = network.machine();
+    assert_eq!(after.records.strays(), [instance(0)]);
+    assert!(!network.left().is_empty(), "the cell was gone before it was taken down");
+    network.block_on(after.take_down(&instance(0))).unwrap();
+    assert_eq!(network.left(), Vec::<String>::new());
+    assert!(!folder.exists());
+}
+
+#[test]
+fn machine_an_image_is_not_resumed_as_something_it_is_not() {
+    let network = Network::new("f");
+    stage(&network.dir.path().join("state"));
+    let machine = network.machine();
+    let refusal = |wanted: CellSpec| {
+        network.block_on(async {
+            machine.step(Step::Prepare(wanted)).await.unwrap();
+            let refused = machine.step(Step::Resume { instance: instance(0) }).await.unwrap_err();
+            machine.step(Step::Release { instance: instance(0) }).await.unwrap();
+            format!("{} {}", refused.problem, refused.hint)
+        })
+    };
+    let said = refusal(CellSpec { memory_mib: 1, ..spec(0) });
+    assert!(said.contains("MiB") && said.contains("memory_mib"), "{said}");
+    let said = refusal(CellSpec { ports: vec![UNDECLARED], ..spec(0) });
+    assert!(said.contains(&format!("port {UNDECLARED}")), "{said}");
+    assert_eq!(network.left(), Vec::<String>::new());
+}
+
+#[test]
 fn machine_a_namespace_that_was_deleted_is_built_again() {
     let network = Network::new("c");
     stage(&network.dir.path().join("state"));
@@ -286,8 +338,6 @@ fn machine_a_namespace_that_was_deleted_is_built_again() {
 
 #[test]
 fn machine_an_image_cut_short_is_refused_by_name_and_staged_anew() {
-    use vmatrix_model::Bytes;
-    use vmatrix_model::manifest::{Part, PartKind};
     let network = Network::new("d");
     let folder = stage(&network.dir.path().join("state"));
     let mut signed: SignedManifest =
@@ -343,5 +393,108 @@ fn machine_a_tunnel_that_ends_says_why_the_cell_is_not_ready() {
     );
     assert_eq!(machine.seen().cells[0].life, Life::Building);
     network.block_on(machine.step(Step::Release { instance: instance(0) })).unwrap();
+    assert_eq!(network.left(), Vec::<String>::new());
+}
+
+/// An image that this host could resume, all zeros; `answer_ms` makes one differ from another.
+fn signed(store: &Store, host: &Host, answer_ms: u64) -> SignedManifest {
+    let zeros = |kind, chunks: u64| Part {
+        kind,
+        size: Bytes(chunks << 20),
+        chunk: Bytes(1 << 20),
+        chunks: vec![None; usize::try_from(chunks).unwrap()],
+    };
+    let mut m = manifest();
+    m.machine.memory_mib = 16;
+    m.measured.answer_ms = answer_ms;
+    m.parts = vec![zeros(PartKind::Memory, 16)];
+    m.parts.extend([PartKind::Device, PartKind::Disk, PartKind::Kernel, PartKind::Initrd].map(|k| zeros(k, 1)));
+    // Once for each thing that can differ.
+    for _ in 0..6 {
+        let Err(bad) = check_host(&m, host) else { break };
+        match bad.what {
+            "accelerator" => m.machine.accelerator = bad.has,
+            "QEMU version" => m.machine.qemu_version = bad.has,
+            "machine type" => m.machine.machine_type = bad.has,
+            "CPU model" => m.machine.cpu_model = bad.has,
+            "network back end" => m.machine.netdev = bad.has,
+            _ => m.machine.devices = serde_json::from_str(&bad.has).unwrap(),
+        }
+    }
+    sign::sign(store, &m).unwrap()
+}
+
+/// The origin's store, and how many whole manifests it gave out.
+type Origin = Arc<(Store, AtomicUsize)>;
+
+async fn give(State(o): State<Origin>, Path(name): Path<String>, asked: HeaderMap) -> Response {
+    let image = o.0.image(&name).unwrap().unwrap();
+    let tag = format!("\"{}\"", Digest::of(image.manifest.as_bytes()));
+    if asked.get(IF_NONE_MATCH).is_some_and(|t| t.as_bytes() == tag.as_bytes()) {
+        return StatusCode::NOT_MODIFIED.into_response();
+    }
+    o.1.fetch_add(1, Ordering::SeqCst);
+    ([(ETAG, tag)], Json(image)).into_response()
+}
+
+#[test]
+fn machine_a_newer_image_takes_the_place_of_one_that_nothing_runs_from() {
+    let network = Network::new("g");
+    let origin: Origin = Arc::new((Store::open(network.dir.path().join("store")).unwrap(), AtomicUsize::new(0)));
+    let mut machine = network.machine();
+    let own = Arc::get_mut(&mut machine).unwrap();
+    own.config.images = "http://127.0.0.1:8445".into();
+    own.config.signers = vec![sign::builder_public(&origin.0).unwrap()];
+    let offer = |answer_ms| {
+        let image = signed(&origin.0, &machine.host, answer_ms);
+        origin.0.put_image("tiny", &image).unwrap();
+        Digest::of(image.manifest.as_bytes())
+    };
+    let has = || machine.stages.whole("tiny").map(|s| s.digest);
+    let folders = || std::fs::read_dir(network.dir.path().join("state/images")).unwrap().count();
+    network.block_on(async {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:8445").await.unwrap();
+        let routes = Router::new().route("/v1/images/{name}", get(give)).with_state(origin.clone());
+        tokio::spawn(async move { axum::serve(listener, routes).await });
+        let first = offer(1);
+        machine.step(Step::Stage { service: "tiny".parse().unwrap(), image: "tiny".into() }).await.unwrap();
+        let began = std::time::Instant::now();
+        while has().is_none() {
+            assert!(began.elapsed() < Duration::from_secs(20), "not staged: {:?}", machine.seen().images);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        machine.renew("tiny").await.unwrap();
+        assert_eq!((has(), origin.1.load(Ordering::SeqCst)), (Some(first), 1), "an unchanged manifest was sent again");
+
+        // A cell keeps the image it was made from.
+        machine.step(Step::Prepare(spec(0))).await.unwrap();
+        let second = offer(2);
+        machine.renew("tiny").await.unwrap();
+        assert_eq!((has(), folders()), (Some(first), 1));
+        let waits = verify(&origin.0.image("tiny").unwrap().unwrap(), &machine.config.signers).unwrap();
+        let folder = network.dir.path().join("state/images/tiny-new");
+        let staged = Staged { manifest: waits.0, digest: waits.1, files: Files::within(&folder) };
+        assert!(!machine.put_in_place("tiny", staged, &folder, &Arc::default()).unwrap(), "taken from under a cell");
+
+        machine.step(Step::Release { instance: instance(0) }).await.unwrap();
+        machine.renew("tiny").await.unwrap();
+        assert_eq!((has(), folders()), (Some(second), 1), "the old image is still there");
+        let seen = machine.seen().images;
+        assert!(seen[0].seen.as_ref().is_some_and(|s| s.digest == second && s.complete()), "{seen:?}");
+
+        // What nobody here trusts is not taken.
+        let mut forged = signed(&origin.0, &machine.host, 3);
+        forged.manifest = forged.manifest.replace("Nehalem", "Penryn!").replace("qemu64", "qemu32");
+        forged.signature = "0".repeat(128);
+        origin.0.put_image("tiny", &forged).unwrap();
+        assert!(machine.renew("tiny").await.is_err());
+        assert_eq!(has(), Some(second));
+    });
+    drop(machine);
+    assert_eq!(
+        network.machine().stages.whole("tiny").map(|s| s.manifest.measured.answer_ms),
+        Some(2),
+        "after a restart"
+    );
     assert_eq!(network.left(), Vec::<String>::new());
 }

@@ -15,8 +15,9 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use vmatrix_model::InstanceId;
-use vmatrix_model::manifest::Manifest;
+use vmatrix_model::manifest::{BackendSpec, Manifest};
 use vmatrix_vma_core::cell::{BRIDGE, TAP, close, open};
+use vmatrix_vma_core::steps::CellSpec;
 use vmatrix_vma_image::machine::{Files, QEMU, Run, Start, arguments};
 use vmatrix_vma_image::qmp::Qmp;
 use vmatrix_vma_image::{guest, health, netns};
@@ -50,6 +51,7 @@ impl Machine {
             .stages
             .whole(&record.spec.image)
             .with_context(|| format!("image {} is not staged here", record.spec.image))?;
+        fits(&record.spec, &staged.manifest)?;
         let guest = &staged.manifest.guest;
         let inside = netns::path(&namespace);
         let running = find(&process::all(), &namespace).is_some();
@@ -153,6 +155,32 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// Refuses to resume an image as something it is not: what was admitted by the assignment's word must be
+/// what the signed manifest says.
+fn fits(spec: &CellSpec, manifest: &Manifest) -> anyhow::Result<()> {
+    let (image, guest) = (&spec.image, &manifest.guest);
+    if manifest.machine.memory_mib > spec.memory_mib {
+        bail!(
+            "image {image} needs {} MiB and the service is given {}; set memory_mib of the service in the fleet",
+            manifest.machine.memory_mib,
+            spec.memory_mib
+        );
+    }
+    if let Some(port) = spec.ports.iter().find(|p| !guest.ports.contains(p)) {
+        bail!("image {image} does not answer on port {port}; correct ports of the service in the fleet");
+    }
+    let reached = |b: &BackendSpec| spec.backends.iter().any(|to| to.address == b.address && to.port == b.port);
+    if let Some(b) = guest.backends.iter().find(|b| !reached(b)) {
+        bail!(
+            "image {image} needs back end {} at {}:{}; name it as the service's backend in the fleet",
+            b.name,
+            b.address,
+            b.port
+        );
+    }
+    Ok(())
 }
 
 /// Starts QEMU in a process group of its own, so that it outlives this daemon. The tap is its

@@ -6,7 +6,10 @@
 mod world;
 
 use proptest::prelude::*;
+use vmatrix_model::edge_config::EdgeSeen;
 use vmatrix_model::inventory::InstanceState;
+use vmatrix_model::{Generation, MachineId, Span};
+use vmatrix_vma_core::DRAIN_UNKNOWN;
 use vmatrix_vma_core::steps::{Event, Life};
 use world::{World, assignment};
 
@@ -129,6 +132,26 @@ fn what_does_not_fit_is_refused_with_the_reason_and_the_rest_runs() {
 }
 
 #[test]
+fn a_wish_without_measure_is_refused_like_any_other_that_does_not_fit() {
+    let mut w = World::new(1);
+    w.machines.values_mut().for_each(|m| m.seen.memory_mib = 1024);
+    w.tell(Event::Assignment(assignment(1, &[("maps", u32::MAX)])));
+    w.settle();
+    assert_eq!(w.serving("maps"), 2);
+    assert_eq!(w.inventory.as_ref().unwrap().refused.len(), 1);
+}
+
+#[test]
+fn a_machine_that_claims_all_memory_there_is_does_not_end_the_agent() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 2)])));
+    w.settle();
+    w.machines.values_mut().flat_map(|m| m.cells.values_mut()).for_each(|c| c.memory_mib = u64::MAX);
+    w.pass(Span::secs(3));
+    assert_eq!(w.inventory.as_ref().unwrap().machines[0].free_mib, 0);
+}
+
+#[test]
 fn new_connections_are_forwarded_only_while_nothing_runs() {
     let mut w = World::new(1);
     let mut a = assignment(1, &[("maps", 0)]);
@@ -165,8 +188,159 @@ fn a_restarted_agent_leaves_what_serves_in_rotation() {
     assert_eq!(w.steps_sent, steps);
 }
 
+#[test]
+fn what_serves_is_told_as_serving_while_the_edge_is_told_something_else() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    w.deaf_until = w.now + Span::secs(3);
+    w.tell(Event::Assignment(assignment(2, &[("maps", 1), ("tiny", 1)])));
+    while w.now + Span::ms(100) < w.deaf_until {
+        w.tick();
+        assert_eq!(w.serving("maps"), 1, "withdrawn at {}", w.now.0);
+    }
+    assert_eq!((w.slots("tiny"), w.serving("tiny")), (1, 0), "told as serving before the edge said so");
+    w.settle();
+    assert_eq!(w.serving("tiny"), 1);
+}
+
+#[test]
+fn an_edge_that_lost_its_config_serves_nobody() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    let network = w.edge.network.clone();
+    w.tell(Event::EdgeSeen(EdgeSeen {
+        network,
+        config: Generation(0),
+        steering: Generation(0),
+        connections: Default::default(),
+    }));
+    assert_eq!(w.serving("maps"), 0);
+}
+
+/// Where the first cell is.
+fn home(w: &World) -> MachineId {
+    w.machines.iter().find(|(_, m)| !m.cells.is_empty()).map(|(id, _)| id.clone()).unwrap()
+}
+
+#[test]
+fn what_serves_on_a_silent_machine_goes_on_serving_and_nothing_new_goes_there() {
+    let mut w = World::new(2);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    let home = home(&w);
+    let steps = w.steps_sent;
+    w.mute.insert(home.clone());
+    for _ in 0..600 {
+        w.tick();
+        assert_eq!((w.serving("maps"), w.slots("maps")), (1, 1), "out of rotation at {}", w.now.0);
+    }
+    assert_eq!(w.steps_sent, steps);
+    let seen = w.inventory.clone().unwrap();
+    assert_eq!(seen.machines.iter().find(|m| m.id == home).map(|m| m.free_mib), Some(0));
+    assert!(seen.instances[0].trouble.as_ref().is_some_and(|t| t.contains("silent")), "{:?}", seen.instances);
+    w.tell(Event::Assignment(assignment(2, &[("maps", 2)])));
+    w.settle();
+    assert_eq!((w.serving("maps"), w.machines[&home].cells.len()), (2, 1));
+    w.mute.clear();
+    w.settle();
+    assert_eq!((w.serving("maps"), w.cells()), (2, 2));
+}
+
+#[test]
+fn a_cell_of_a_silent_machine_that_does_not_answer_is_replaced() {
+    let mut w = World::new(2);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    let home = home(&w);
+    w.mute.insert(home.clone());
+    w.pass(Span::secs(20));
+    w.machines.get_mut(&home).unwrap().cells.values_mut().for_each(|c| c.life = Life::Lost);
+    w.pass(Span::secs(10));
+    assert!(w.edge.services.values().flat_map(|s| &s.slots).count() == 1 && w.serving("maps") == 1);
+    assert!(w.machines.iter().any(|(id, m)| *id != home && m.cells.len() == 1), "nothing was made elsewhere");
+}
+
+#[test]
+fn a_silent_machine_is_not_believed_for_ever() {
+    let mut w = World::new(2);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    let home = home(&w);
+    w.mute.insert(home.clone());
+    w.pass(Span::secs(320));
+    assert_eq!(w.serving("maps"), 1);
+    assert!(w.machines.iter().any(|(id, m)| *id != home && m.cells.len() == 1), "nothing was made elsewhere");
+    w.mute.clear();
+    w.settle();
+    assert_eq!((w.serving("maps"), w.cells()), (1, 1));
+}
+
+#[test]
+fn a_cell_that_was_being_suspended_when_its_machine_fell_silent_is_not_put_back() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    w.connections.values_mut().for_each(|n| *n = 0);
+    w.tell(Event::Assignment(assignment(2, &[("maps", 0)])));
+    let sent = w.steps_sent;
+    while w.steps_sent == sent {
+        w.tick();
+    }
+    w.mute.insert(home(&w));
+    w.tell(Event::Assignment(assignment(3, &[("maps", 1)])));
+    for _ in 0..100 {
+        w.tick();
+        assert_eq!(w.slots("maps"), 0, "put back at {}", w.now.0);
+    }
+    assert_eq!(w.serving("maps"), 0);
+}
+
+#[test]
+fn a_service_dropped_before_a_restart_is_drained_all_the_same() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    w.connections.values_mut().for_each(|n| *n = 1_000_000);
+    w.tell(Event::Assignment(assignment(2, &[])));
+    w.tick();
+    w.restart();
+    let began = w.now;
+    while w.cells() > 0 {
+        w.tick();
+        assert_eq!(w.slots("maps"), 0);
+        let runs = w.machines.values().flat_map(|m| m.cells.values()).any(|c| c.life == Life::Healthy);
+        let draining = w.edge.services.values().any(|s| !s.draining.is_empty());
+        assert!(!runs || draining, "the edge was not told that it drains, at {}", w.now.0);
+    }
+    let took = w.now.since(began).as_ms();
+    assert!((10_000..16_000).contains(&took), "{took} ms, and the drain is 10 s");
+    w.settle();
+    assert!(w.vma.leaving().is_empty());
+}
+
+#[test]
+fn a_cell_of_a_service_nobody_knows_is_drained_for_a_while() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.settle();
+    w.connections.values_mut().for_each(|n| *n = 0);
+    w.tell(Event::Assignment(assignment(2, &[])));
+    w.saved_leaving.clear();
+    w.restart();
+    let began = w.now;
+    while w.cells() > 0 {
+        w.tick();
+    }
+    let took = w.now.since(began);
+    assert!(took >= DRAIN_UNKNOWN && took.as_ms() < 40_000, "suspended after {took}");
+}
+
 #[derive(Debug, Clone)]
 enum Happening {
+    Mute,
+    Speak,
     Assign(Vec<(usize, u32)>),
     Pass(u8),
     Restart,
@@ -185,6 +359,8 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => (1u32..4).prop_map(Happening::Fail),
         1 => Just(Happening::Lose),
         1 => Just(Happening::Sicken),
+        1 => Just(Happening::Mute),
+        2 => Just(Happening::Speak),
     ]
 }
 
@@ -210,6 +386,8 @@ proptest! {
                 }
                 Happening::Pass(n) => (0..n).for_each(|_| w.tick()),
                 Happening::Restart => w.restart(),
+                Happening::Mute => w.mute.extend(w.machines.keys().next().cloned()),
+                Happening::Speak => w.mute.clear(),
                 Happening::Fail(n) => w.fail_next = n,
                 Happening::Lose => w.machines.values_mut().flat_map(|m| m.cells.values_mut()).take(1).filter(|c| c.life == Life::Healthy).for_each(|c| c.life = Life::Lost),
                 Happening::Sicken => w.machines.values_mut().flat_map(|m| m.cells.values_mut()).take(1).filter(|c| c.life == Life::Healthy).for_each(|c| c.life = Life::Sick),
@@ -218,6 +396,7 @@ proptest! {
         if generation == 0 {
             return Ok(());
         }
+        w.mute.clear();
         w.settle();
         let total: u32 = wanted.iter().map(|(_, n)| n).sum();
         let room = machines * 4;

@@ -7,8 +7,8 @@ use vmatrix_model::assignment::{Assignment, ServiceShare};
 use vmatrix_model::edge_config::{EdgeConfig, EdgeSeen};
 use vmatrix_model::inventory::{ImageSeen, InstanceState, Inventory, MachineSeen};
 use vmatrix_model::{Bytes, Digest, Generation, InstanceId, MachineId, ServiceId, Span, Time};
-use vmatrix_vma_core::Vma;
 use vmatrix_vma_core::steps::{CellSeen, Command, Event, Fault, Life, Seen, StagedSeen, Step};
+use vmatrix_vma_core::{Doubt, Vma};
 
 pub const IMAGE: Bytes = Bytes(100);
 
@@ -24,14 +24,19 @@ pub struct World {
     pub now: Time,
     pub vma: Vma,
     pub machines: BTreeMap<MachineId, ToyMachine>,
+    /// Machines whose daemon is dead; their guests run on.
+    pub mute: BTreeSet<MachineId>,
     pub edge: EdgeConfig,
     pub connections: BTreeMap<Ipv4Addr, u32>,
     pub inventory: Option<Inventory>,
     pub saved: Option<Assignment>,
+    pub saved_leaving: BTreeMap<ServiceId, ServiceShare>,
     pub ever_healthy: BTreeSet<Ipv4Addr>,
     pub steps_sent: usize,
     /// The next so many steps fail.
     pub fail_next: u32,
+    /// Looks of the edge that do not arrive yet.
+    pub deaf_until: Time,
     pending: VecDeque<(Time, MachineId, Step)>,
     /// Machines subscribe each second, so a new agent does not hear of them at once.
     unsubscribed_until: Time,
@@ -89,13 +94,16 @@ impl World {
             now: Time(0),
             vma: Vma::new(network.clone()),
             machines,
+            mute: BTreeSet::new(),
             edge: EdgeConfig { generation: Generation(0), network, services: BTreeMap::new() },
             connections: BTreeMap::new(),
             inventory: None,
             saved: None,
+            saved_leaving: BTreeMap::new(),
             ever_healthy: BTreeSet::new(),
             steps_sent: 0,
             fail_next: 0,
+            deaf_until: Time(0),
             pending: VecDeque::new(),
             unsubscribed_until: Time(0),
         }
@@ -105,6 +113,7 @@ impl World {
         if let Event::Assignment(a) = &event {
             let newer = self.saved.as_ref().is_none_or(|s| s.generation <= a.generation);
             if newer {
+                self.saved_leaving = self.vma.leaving_after(a);
                 self.saved = Some(a.clone());
             }
         }
@@ -135,7 +144,7 @@ impl World {
 
     /// The agent dies and begins anew, with what it had saved.
     pub fn restart(&mut self) {
-        self.vma = Vma::new("tokyo".parse().unwrap());
+        self.vma = Vma::with_leaving("tokyo".parse().unwrap(), self.saved_leaving.clone());
         self.inventory = None;
         self.unsubscribed_until = self.now + Span::secs(1);
         if let Some(a) = self.saved.clone() {
@@ -158,7 +167,9 @@ impl World {
         }
         while self.pending.front().is_some_and(|(at, _, _)| *at <= self.now) {
             let Some((_, machine, step)) = self.pending.pop_front() else { break };
-            let result = if self.fail_next > 0 {
+            let result = if self.mute.contains(&machine) || !self.machines.contains_key(&machine) {
+                Err(Fault { problem: "nobody answers".into(), hint: String::new(), lasting: false })
+            } else if self.fail_next > 0 {
                 self.fail_next -= 1;
                 Err(Fault { problem: "it did not work".into(), hint: String::new(), lasting: false })
             } else {
@@ -170,7 +181,8 @@ impl World {
         }
         let ids: Vec<MachineId> = self.machines.keys().cloned().collect();
         for id in ids {
-            if let Some(m) = self.machines.get_mut(&id).filter(|_| self.now >= self.unsubscribed_until) {
+            let heard = self.now >= self.unsubscribed_until && !self.mute.contains(&id);
+            if let Some(m) = self.machines.get_mut(&id).filter(|_| heard) {
                 for present in m.images.values_mut() {
                     *present = (*present + 10).min(IMAGE.0);
                 }
@@ -178,6 +190,17 @@ impl World {
                 self.tell(Event::Subscribed(seen));
                 self.look(&id);
             }
+        }
+        if self.now.0.is_multiple_of(1_000_000) {
+            for Doubt { machine, instance, .. } in self.vma.doubts() {
+                let answered = self.machines.get(&machine).and_then(|m| m.cells.get(&instance));
+                let answered = answered.is_some_and(|c| c.life == Life::Healthy);
+                self.tell(Event::Knocked { machine, instance, answered });
+            }
+        }
+        if self.now < self.deaf_until {
+            self.tell(Event::Tick);
+            return;
         }
         let seen = EdgeSeen {
             network: self.edge.network.clone(),
@@ -190,7 +213,7 @@ impl World {
     }
 
     fn look(&mut self, id: &MachineId) {
-        let Some(m) = self.machines.get_mut(id) else { return };
+        let Some(m) = self.machines.get_mut(id).filter(|_| !self.mute.contains(id)) else { return };
         m.sequence += 1;
         let images = m
             .images
@@ -299,6 +322,13 @@ impl World {
     pub fn slots(&self, name: &str) -> usize {
         let service: ServiceId = name.parse().unwrap();
         self.edge.services.get(&service).map_or(0, |s| s.slots.len())
+    }
+
+    /// Time passes.
+    pub fn pass(&mut self, span: Span) {
+        for _ in 0..span.as_ms() / 100 {
+            self.tick();
+        }
     }
 
     pub fn cells(&self) -> usize {

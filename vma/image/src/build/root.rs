@@ -1,6 +1,6 @@
 //! Recipe ─▶ root file system ─▶ disk: the application's packages with their dependencies, nothing else.
 
-use super::tools::{Scratch, inside, reason, run};
+use super::tools::{Scratch, copy, inside, reason, run};
 use crate::error::{Error, Result, io};
 use crate::recipe::{Extract, Recipe, beside};
 use std::fs;
@@ -196,7 +196,7 @@ fn within(root: &Path, path: &str) -> PathBuf {
 fn install(from: &Path, to: &Path, mode: u32) -> Result<()> {
     let folder = to.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(folder).map_err(io("create", folder))?;
-    fs::copy(from, to).map_err(io("copy", from))?;
+    copy(from, to)?;
     fs::set_permissions(to, fs::Permissions::from_mode(mode)).map_err(io("set the mode of", to))
 }
 

@@ -1,6 +1,7 @@
 //! Running the programs a build needs, with their own words in the error; and what is removed at the end.
 
-use crate::error::{Error, Result, io};
+use crate::error::{DISK_FULL, Error, Result, io};
+use crate::store::make_private;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -34,7 +35,8 @@ pub fn check() -> Result<()> {
 /// Runs a program to its end.
 pub fn run(what: &str, command: &mut Command) -> Result<Output> {
     let program = PathBuf::from(command.get_program());
-    let output = command.stdin(Stdio::null()).output().map_err(io("run", &program))?;
+    // In English, for some of their words are looked for.
+    let output = command.env("LC_ALL", "C.UTF-8").stdin(Stdio::null()).output().map_err(io("run", &program))?;
     if output.status.success() {
         return Ok(output);
     }
@@ -42,8 +44,12 @@ pub fn run(what: &str, command: &mut Command) -> Result<Output> {
     Err(Error::Tool { what: what.to_owned(), status: output.status.to_string(), said: reason(&text) })
 }
 
-/// The lines that say why: those marked as errors, else the last ones.
+/// The lines that say why: a full disk, else those marked as errors, else the last ones.
 pub fn reason(text: &str) -> String {
+    // What fails after a disk was full fails for that reason, and some say so in more and later lines.
+    if let Some(full) = text.lines().find(|l| l.contains(DISK_FULL)) {
+        return full.chars().take(1200).collect();
+    }
     let marked: Vec<&str> = text.lines().filter(|l| l.starts_with("E:") || l.contains("rror")).collect();
     let lines: Vec<&str> = if marked.is_empty() { text.lines().collect() } else { marked };
     let last = lines.get(lines.len().saturating_sub(6)..).unwrap_or_default();
@@ -63,6 +69,14 @@ pub fn inside(root: &Path, line: &str) -> Command {
     command
 }
 
+/// Copies a file; what is wrong with the source and what is full are two places.
+pub fn copy(from: &Path, to: &Path) -> Result<()> {
+    fs::copy(from, to).map(drop).map_err(|e| match io("copy", from)(e) {
+        Error::DiskFull { .. } => Error::DiskFull { what: "copy to", path: to.to_owned() },
+        other => other,
+    })
+}
+
 /// How the folders of builds begin; they end with the builder's process id.
 pub const SCRATCH: &str = ".vmatrix-build-";
 
@@ -79,13 +93,13 @@ pub fn sweep(folders: &[&Path]) {
     }
 }
 
-/// A folder that goes when this does, whatever happened.
+/// A folder that only its owner may enter and that goes when this does, whatever happened.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
 
 impl Scratch {
     pub fn new(path: PathBuf) -> Result<Scratch> {
-        fs::create_dir_all(&path).map_err(io("create", &path))?;
+        make_private(&path)?;
         Ok(Scratch(path))
     }
     pub fn path(&self) -> &Path {
@@ -123,5 +137,7 @@ mod tests {
     fn the_reason_is_the_lines_marked_as_errors_else_the_last_ones() {
         assert_eq!(reason("I: fine\nE: no such package\nI: bye"), "E: no such package");
         assert_eq!(reason("one\ntwo"), "one\ntwo");
+        let full = "tar: ./lib: Cannot write: No space left on device";
+        assert_eq!(reason(&format!("{full}\ntar: Exiting\nerror: tar failed")), full);
     }
 }

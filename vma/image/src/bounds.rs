@@ -1,0 +1,280 @@
+//! What a manifest may say: its words reach a command line and a rule set, its sizes an allocation.
+//!
+//! Manifest ─▶ nothing, or the first thing in it that cannot be.
+
+use crate::chunks::CHUNK_MAX;
+use crate::store::{STORED_MAX, is_image_name};
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+use vmatrix_model::manifest::{FORMAT, GuestSpec, MachineSpec, Manifest, Part, PartKind};
+
+/// Largest part: the memory of the largest guest.
+const PART_MAX: u64 = 64 << 30;
+/// Most chunks in a part; what `MANIFEST_MAX` has room for.
+const CHUNKS_MAX: usize = 256 << 10;
+/// Most processors of a guest.
+const SMP_MAX: u32 = 64;
+/// Least and most guest memory, MiB.
+const MEMORY_MIB: std::ops::RangeInclusive<u64> = 16..=PART_MAX >> 20;
+/// Most ports, and most back ends: each is a rule in every cell.
+const PORTS_MAX: usize = 64;
+/// Most devices: the slots of a machine's first bus.
+const DEVICES_MAX: usize = 32;
+/// Longest argument of a device.
+const DEVICE_MAX: usize = 256;
+/// Longest kernel command line on x86.
+const APPEND_MAX: usize = 2047;
+/// Longest health path.
+const PATH_MAX: usize = 512;
+
+type Checked = Result<(), String>;
+
+/// Whether everything a manifest says is possible.
+pub(crate) fn check(m: &Manifest) -> Checked {
+    ensure(m.format == FORMAT, || format!("format {} is not {FORMAT}, the one this version reads", m.format))?;
+    ensure(is_image_name(&m.name), || format!("{:?} is not the name of an image", m.name))?;
+    check_machine(&m.machine)?;
+    check_guest(&m.guest)?;
+    let mut kinds = BTreeSet::new();
+    for part in &m.parts {
+        ensure(kinds.insert(part.kind), || format!("part {:?} is there twice", part.kind))?;
+        check_part(part)?;
+    }
+    for kind in [PartKind::Memory, PartKind::Device, PartKind::Disk, PartKind::Kernel, PartKind::Initrd] {
+        ensure(kinds.contains(&kind), || format!("part {kind:?} is missing"))?;
+    }
+    let memory = m.part(PartKind::Memory).map_or(0, |p| p.size.0);
+    ensure(memory == m.machine.memory_mib << 20, || {
+        format!("its memory part has {memory} bytes, its machine {} MiB", m.machine.memory_mib)
+    })
+}
+
+fn check_machine(m: &MachineSpec) -> Checked {
+    for (what, word) in [
+        ("machine_type", &m.machine_type),
+        ("cpu_model", &m.cpu_model),
+        ("accelerator", &m.accelerator),
+        ("qemu_version", &m.qemu_version),
+        ("netdev", &m.netdev),
+    ] {
+        let good =
+            (1..=64).contains(&word.len()) && word.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+        ensure(good, || format!("{what} {word:?} is not a plain word"))?;
+    }
+    ensure((1..=SMP_MAX).contains(&m.smp) && MEMORY_MIB.contains(&m.memory_mib), || {
+        format!("{} processors or {} MiB are out of range", m.smp, m.memory_mib)
+    })?;
+    ensure(m.devices.len() <= DEVICES_MAX, || format!("{} devices are more than {DEVICES_MAX}", m.devices.len()))?;
+    for device in &m.devices {
+        // A space would make two lists of devices look the same when they are compared with the host's.
+        let good = (1..=DEVICE_MAX).contains(&device.len())
+            && device.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && device.bytes().all(|b| b.is_ascii_graphic());
+        ensure(good, || format!("device {device:?} is not one plain argument"))?;
+    }
+    let printable = m.append.bytes().all(|b| b.is_ascii_graphic() || b == b' ');
+    ensure(m.append.len() <= APPEND_MAX && printable, || {
+        format!("append is not one line of at most {APPEND_MAX} printable characters")
+    })
+}
+
+fn check_guest(g: &GuestSpec) -> Checked {
+    ensure(is_mac(&g.mac), || format!("mac {:?} is not the address of one interface, like 52:54:00:12:34:56", g.mac))?;
+    let (address, gateway) = (g.address, g.gateway);
+    let network = |a: Ipv4Addr| a.to_bits() >> 8;
+    // A /24 in every cell: its first and last address are nobody's.
+    let host = |a: Ipv4Addr| a.is_private() && !matches!(a.octets()[3], 0 | 255);
+    ensure(host(address) && host(gateway) && address != gateway && network(address) == network(gateway), || {
+        format!("address {address} and gateway {gateway} are not two private addresses of one /24")
+    })?;
+    ensure(distinct(g.ports.iter().copied()) && !g.ports.is_empty(), || {
+        format!("ports {:?} are not 1 to {PORTS_MAX} different ones, 1 to 65535", g.ports)
+    })?;
+    ensure(g.health.port != 0, || "health port is 0".to_owned())?;
+    ensure((100..600).contains(&g.health.status), || format!("health status {} is none of HTTP", g.health.status))?;
+    let path = &g.health.path;
+    let plain = path.starts_with('/') && path.len() <= PATH_MAX && path.bytes().all(|b| b.is_ascii_graphic());
+    ensure(plain, || format!("health path {path:?} is not a plain path"))?;
+    ensure(distinct(g.backends.iter().map(|b| (b.address, b.port))), || {
+        format!("back ends are not at most {PORTS_MAX} different ones")
+    })?;
+    for b in &g.backends {
+        let a = b.address;
+        let one = !(a.is_unspecified() || a.is_loopback() || a.is_multicast() || a.is_broadcast());
+        ensure(is_image_name(&b.name) && one && b.port != 0, || {
+            format!("back end {:?} at {a}:{} has no plain name, address of one machine and port", b.name, b.port)
+        })?;
+    }
+    ensure(!g.ports.contains(&0), || "port 0 is nobody's".to_owned())
+}
+
+/// At most [`PORTS_MAX`], none twice.
+fn distinct<T: Ord>(all: impl ExactSizeIterator<Item = T>) -> bool {
+    let count = all.len();
+    count <= PORTS_MAX && all.collect::<BTreeSet<T>>().len() == count
+}
+
+/// Six bytes in lower-case hex, of one interface rather than a group, and not all zeros.
+fn is_mac(text: &str) -> bool {
+    let bytes: Vec<Option<u8>> = text
+        .split(':')
+        .map(|pair| {
+            let hex = pair.len() == 2 && pair.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+            hex.then(|| u8::from_str_radix(pair, 16).ok()).flatten()
+        })
+        .collect();
+    bytes.len() == 6
+        && bytes.iter().all(Option::is_some)
+        && bytes.iter().any(|b| *b != Some(0))
+        && bytes.first().copied().flatten().is_some_and(|first| first & 1 == 0)
+}
+
+fn check_part(part: &Part) -> Checked {
+    let (kind, size, chunk) = (part.kind, part.size.0, part.chunk.0);
+    ensure((4096..=CHUNK_MAX as u64).contains(&chunk), || {
+        format!("part {kind:?} has chunks of {chunk} bytes, not 4096 to {CHUNK_MAX}")
+    })?;
+    ensure(size <= PART_MAX && part.chunks.len() <= CHUNKS_MAX, || {
+        format!("part {kind:?} of {size} bytes is larger than {PART_MAX}")
+    })?;
+    ensure(size.div_ceil(chunk) == part.chunks.len() as u64, || {
+        format!("part {kind:?} of {size} bytes cannot have {} chunks", part.chunks.len())
+    })?;
+    match part.chunks.iter().flatten().find(|c| !(1..=STORED_MAX as u64).contains(&c.stored.0)) {
+        Some(c) => Err(format!("chunk {} of part {kind:?} has {} stored bytes", c.digest, c.stored.0)),
+        None => Ok(()),
+    }
+}
+
+fn ensure(good: bool, otherwise: impl FnOnce() -> String) -> Checked {
+    if good { Ok(()) } else { Err(otherwise()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chunks::plain_length;
+    use crate::machine::tests::manifest;
+    use proptest::prelude::*;
+    use vmatrix_model::Bytes;
+    use vmatrix_model::manifest::BackendSpec;
+
+    fn refuses(word: &str, change: impl FnOnce(&mut Manifest)) {
+        let mut m = manifest();
+        assert_eq!(check(&m), Ok(()));
+        change(&mut m);
+        let problem = check(&m).expect_err(word);
+        assert!(problem.contains(word), "{problem} does not say {word}");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_by_name() {
+        refuses("format 2", |m| m.format = 2);
+        refuses("not the name of an image", |m| m.name = "../tiny".into());
+        refuses("missing", |m| m.parts.truncate(2));
+        refuses("twice", |m| m.parts.push(m.parts[1].clone()));
+        refuses("has chunks of", |m| m.parts[0].chunk = Bytes(1 << 40));
+        refuses("cannot have 1 chunks", |m| m.parts[0].chunks.truncate(1));
+        refuses("health path", |m| m.guest.health.path = "/ HTTP/1.0\r\n".into());
+        refuses("health status", |m| m.guest.health.status = 42);
+    }
+
+    #[test]
+    fn a_word_that_would_be_two_options_is_refused() {
+        refuses("cpu_model", |m| m.machine.cpu_model = "Nehalem,-sse".into());
+        refuses("netdev", |m| m.machine.netdev = "tap,script=/tmp/x".into());
+        refuses("one plain argument", |m| m.machine.devices.push("virtio-rng-pci,rng=a\nvirtio-9p".into()));
+        refuses("one plain argument", |m| m.machine.devices[0] += " -device ivshmem");
+        refuses("one plain argument", |m| m.machine.devices.push("-monitor".into()));
+        refuses("more than 32", |m| m.machine.devices = vec!["a".into(); 33]);
+        refuses("append", |m| m.machine.append = "quiet\ninit=/bin/sh".into());
+        refuses("append", |m| m.machine.append = "x".repeat(2048));
+    }
+
+    #[test]
+    fn a_machine_larger_than_any_is_refused() {
+        refuses("out of range", |m| m.machine.smp = 0);
+        refuses("out of range", |m| m.machine.smp = 65);
+        refuses("out of range", |m| m.machine.memory_mib = u64::MAX);
+        refuses("memory part", |m| m.machine.memory_mib = 256);
+    }
+
+    #[test]
+    fn a_mac_is_six_lower_case_bytes_of_one_interface() {
+        for mac in [
+            "",
+            "52:54:00:12:34",
+            "52:54:00:12:34:56:78",
+            "52:54:00:12:34:5",
+            "52:54:00:12:34:5G",
+            "52:54:00:12:34:AB",
+            "+2:54:00:12:34:56",
+            "52-54-00-12-34-56",
+            "53:54:00:12:34:56",
+            "ff:ff:ff:ff:ff:ff",
+            "00:00:00:00:00:00",
+            "52:54:00:12:34:56,romfile=/etc/shadow",
+            "52:54:00:12:34:56 accept\n}",
+        ] {
+            refuses("mac", |m| m.guest.mac = mac.into());
+        }
+    }
+
+    #[test]
+    fn guest_and_gateway_are_two_private_addresses_of_one_network() {
+        for (address, gateway) in [
+            ("192.168.1.1", "192.168.1.1"),
+            ("192.168.1.10", "192.168.2.1"),
+            ("8.8.8.8", "8.8.8.1"),
+            ("127.0.0.2", "127.0.0.1"),
+            ("192.168.1.255", "192.168.1.1"),
+            ("192.168.1.10", "192.168.1.0"),
+        ] {
+            refuses("one /24", |m| {
+                (m.guest.address, m.guest.gateway) = (address.parse().unwrap(), gateway.parse().unwrap());
+            });
+        }
+    }
+
+    #[test]
+    fn ports_are_there_different_and_bounded() {
+        refuses("ports", |m| m.guest.ports.clear());
+        refuses("ports", |m| m.guest.ports = vec![80, 80]);
+        refuses("port 0", |m| m.guest.ports = vec![80, 0]);
+        refuses("ports", |m| m.guest.ports = (1..100).collect());
+        refuses("health port", |m| m.guest.health.port = 0);
+        let backend = BackendSpec { name: "db".into(), address: [10, 0, 0, 1].into(), port: 5432 };
+        refuses("different", |m| m.guest.backends = vec![backend.clone(), backend.clone()]);
+        for bad in [
+            BackendSpec { name: "d b".into(), ..backend.clone() },
+            BackendSpec { port: 0, ..backend.clone() },
+            BackendSpec { address: [255; 4].into(), ..backend.clone() },
+        ] {
+            refuses("back end", |m| m.guest.backends = vec![bad]);
+        }
+    }
+
+    /// Numbers where arithmetic breaks, and their neighbours.
+    fn size() -> impl Strategy<Value = u64> {
+        prop_oneof![any::<u64>(), Just(0), Just(1), Just(u64::MAX), (0u32..64).prop_map(|b| 1 << b)]
+    }
+
+    proptest! {
+        #[test]
+        fn no_size_from_outside_overflows(
+            part in 0usize..5, size in size(), chunk in size(), memory in size(), stored in size(), index: usize,
+        ) {
+            let mut m = manifest();
+            m.machine.memory_mib = memory;
+            m.parts[part].size = Bytes(size);
+            m.parts[part].chunk = Bytes(chunk);
+            m.parts[part].chunks[0] = Some(vmatrix_model::manifest::Chunk {
+                digest: vmatrix_model::Digest::of(b""),
+                stored: Bytes(stored),
+            });
+            let _ = check(&m);
+            let _ = m.stored();
+            prop_assert!(plain_length(&m.parts[part], index).0 <= chunk);
+        }
+    }
+}
