@@ -82,12 +82,13 @@ fn woken(report: &Value) -> Vec<(String, String)> {
         .collect()
 }
 
-#[test]
-fn machine_a_flash_crowd_pulls_an_unmodified_vm_to_its_users() {
-    const SCENARIO: &str = "scenarios/library/flash-crowd.toml";
+const FLASH_CROWD: &str = "scenarios/library/flash-crowd.toml";
+
+/// Plays the flash crowd once and holds it to everything it must show by itself.
+fn flash_crowd() -> Value {
     let before = left_behind();
     let began = std::time::Instant::now();
-    let r = demo(SCENARIO);
+    let r = demo(FLASH_CROWD);
     assert!(began.elapsed().as_secs() < 8 * 60, "took {} s", began.elapsed().as_secs());
     let new: Vec<String> = left_behind().difference(&before).cloned().collect();
     assert!(new.is_empty(), "left behind: {new:?}");
@@ -110,15 +111,36 @@ fn machine_a_flash_crowd_pulls_an_unmodified_vm_to_its_users() {
     assert!(number(&r, "/ports/tried_from_cells") > 0.0);
     assert_eq!(number(&r, "/ports/answered"), 0.0);
     assert!(!r["explain"].as_array().expect("explain").is_empty());
+    println!("{}", r["crowd"]);
+    r
+}
 
+/// Figures in which the median of the plays and the replay are more than a quarter apart.
+fn apart(plays: &[Value], replayed: &Value) -> Vec<String> {
+    let figures = ["/crowd/decision_to_serving_s", "/crowd/p95_before_ms", "/crowd/p95_after_ms"];
+    let compared = figures.into_iter().map(|path| {
+        let mut seen: Vec<f64> = plays.iter().map(|r| number(r, path)).collect();
+        seen.sort_by(f64::total_cmp);
+        (path, seen[seen.len() / 2], number(replayed, path))
+    });
+    compared
+        .filter(|(_, lab, replayed)| (lab - replayed).abs() > 0.25 * lab)
+        .map(|(path, lab, replayed)| format!("{path}: lab {lab}, replay {replayed}"))
+        .collect()
+}
+
+#[test]
+fn machine_a_flash_crowd_pulls_an_unmodified_vm_to_its_users() {
+    let mut plays = vec![flash_crowd()];
     let began = std::time::Instant::now();
-    let (v, _) = replay(SCENARIO);
+    let (replayed, _) = replay(FLASH_CROWD);
     assert!(began.elapsed().as_secs_f64() < 4.0, "two replays took {:.1} s", began.elapsed().as_secs_f64());
-    assert_eq!(woken(&r), woken(&v), "lab and replay chose otherwise");
-    for path in ["/crowd/decision_to_serving_s", "/crowd/p95_before_ms", "/crowd/p95_after_ms"] {
-        let (lab, replayed) = (number(&r, path), number(&v, path));
-        assert!((lab - replayed).abs() <= 0.25 * lab, "{path}: lab {lab}, replay {replayed}");
+    assert_eq!(woken(&plays[0]), woken(&replayed), "lab and replay chose otherwise");
+    // One play on a busy machine may be off; the median of three is not.
+    if !apart(&plays, &replayed).is_empty() {
+        plays.extend([flash_crowd(), flash_crowd()]);
     }
+    assert_eq!(apart(&plays, &replayed), Vec::<String>::new());
 }
 
 #[test]
