@@ -337,6 +337,22 @@ fn a_cell_of_a_service_nobody_knows_is_drained_for_a_while() {
     assert!(took >= DRAIN_UNKNOWN && took.as_ms() < 40_000, "suspended after {took}");
 }
 
+#[test]
+fn a_cell_whose_service_left_while_its_machine_was_silent_is_drained_for_a_while_and_goes() {
+    let mut w = World::new(1);
+    w.tell(Event::Assignment(assignment(1, &[("agenda", 1)])));
+    w.settle();
+    w.mute.extend(w.machines.keys().next().cloned());
+    w.tell(Event::Assignment(assignment(2, &[])));
+    (0..100).for_each(|_| w.tick());
+    w.mute.clear();
+    let began = w.now;
+    while w.cells() > 0 {
+        w.tick();
+        assert!(w.now.since(began).as_ms() < 40_000, "it is still there");
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Happening {
     Mute,

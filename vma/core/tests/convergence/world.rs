@@ -8,7 +8,10 @@ use vmatrix_model::edge_config::{EdgeConfig, EdgeSeen};
 use vmatrix_model::inventory::{ImageSeen, InstanceState, Inventory, MachineSeen};
 use vmatrix_model::{Bytes, Digest, Generation, InstanceId, MachineId, ServiceId, Span, Time};
 use vmatrix_vma_core::steps::{CellSeen, Command, Event, Fault, Life, Seen, StagedSeen, Step};
-use vmatrix_vma_core::{Doubt, Vma};
+use vmatrix_vma_core::{DRAIN_UNKNOWN, Doubt, Vma};
+
+/// How finely the world's time passes.
+const TICK: Span = Span::ms(100);
 
 pub const IMAGE: Bytes = Bytes(100);
 
@@ -154,7 +157,7 @@ impl World {
 
     /// A tenth of a second passes.
     pub fn tick(&mut self) {
-        self.now = self.now + Span::ms(100);
+        self.now = self.now + TICK;
         let in_rotation: BTreeSet<Ipv4Addr> =
             self.edge.services.values().flat_map(|s| s.slots.iter().map(|s| s.cell)).collect();
         if self.now.0.is_multiple_of(1_000_000) {
@@ -300,11 +303,13 @@ impl World {
     /// Runs until no step was sent for twenty seconds, at most two minutes.
     pub fn settle(&mut self) {
         let (mut sent, mut quiet) = (self.steps_sent, 0);
-        for _ in 0..1200 {
+        // The longest wait in which nothing is sent is a drain of what nobody knows.
+        let enough = DRAIN_UNKNOWN.as_ms() / TICK.as_ms() + 50;
+        for _ in 0..2000 {
             self.tick();
             quiet = if self.steps_sent == sent && self.pending.is_empty() { quiet + 1 } else { 0 };
             sent = self.steps_sent;
-            if quiet == 200 {
+            if quiet == enough {
                 return;
             }
         }
