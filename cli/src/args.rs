@@ -20,7 +20,7 @@ pub enum Command {
     /// Bring the demo's world up and down, or play a scenario in it
     #[command(subcommand)]
     Lab(Lab),
-    /// Build, inspect and verify images of suspended VMs
+    /// Build, import, inspect, verify and move images of suspended VMs
     #[command(subcommand)]
     Image(Image),
     /// Plan and apply: so many instances of a service at networks
@@ -43,11 +43,24 @@ pub enum Command {
     Machine(Daemon),
     /// Run a network's edge: DNS, NAT, firewall, demand
     Edge(Daemon),
-    /// Run the origin: image store and tunnel gateway beside the database
+    /// Run the origin: tunnel gateway beside the database
     Origin(Daemon),
+    /// Run an image store: serves images to machines over mutual TLS
+    Store(Daemon),
+    /// Make the fleet's authority, and identities for agents
+    #[command(subcommand)]
+    Identity(Identity),
+    /// Measure, side by side with what others do
+    Bench(Bench),
+    /// Run the pager of one image (started by the machine)
+    #[command(hide = true)]
+    Pager(Daemon),
     /// Run one cell's tunnel (started by the machine)
     #[command(hide = true)]
     Tunnel(Tunnel),
+    /// Run one end of the relay behind a singleton that moved (started by the machine)
+    #[command(hide = true)]
+    Relay(Daemon),
     /// Run the lab's WAN emulator (started by the lab)
     #[command(hide = true)]
     Wan(Daemon),
@@ -62,6 +75,9 @@ impl Command {
             | Command::Machine(_)
             | Command::Edge(_)
             | Command::Origin(_)
+            | Command::Store(_)
+            | Command::Pager(_)
+            | Command::Relay(_)
             | Command::Tunnel(_)
             | Command::Wan(_) => {
                 // hickory tells every query, boringtun every handshake.
@@ -169,7 +185,153 @@ pub enum Image {
         name: String,
         #[command(flatten)]
         store: Store,
+        /// Put what is missing or damaged again, from another store
+        #[arg(long, value_name = "STORE")]
+        repair_from: Option<String>,
     },
+    /// Record anew which pages the waking guest touches first
+    Record {
+        name: String,
+        /// The recipe whose requests are replayed; without it, the health check
+        #[arg(long)]
+        recipe: Option<PathBuf>,
+        #[command(flatten)]
+        store: Store,
+    },
+    /// Make a suspended image of a disk image or appliance: raw, qcow2, OVA, Debian cloud image
+    Import(Import),
+    /// Write an image's disk to a file
+    Export {
+        name: String,
+        /// The file to write
+        #[arg(long)]
+        to: PathBuf,
+        /// What to write; as the file's name says without it
+        #[arg(long, value_enum)]
+        format: Option<DiskFormat>,
+        #[command(flatten)]
+        store: Store,
+    },
+    /// Copy an image to another store: only what is missing there
+    Push {
+        name: String,
+        /// A folder, or s3://bucket/prefix?endpoint=URL&region=NAME
+        #[arg(long)]
+        to: String,
+        #[command(flatten)]
+        store: Store,
+    },
+    /// Copy an image from another store: only what is missing here
+    Pull {
+        name: String,
+        /// A folder, or s3://bucket/prefix?endpoint=URL&region=NAME
+        #[arg(long)]
+        from: String,
+        #[command(flatten)]
+        store: Store,
+    },
+    /// Remove what no image reaches
+    Gc {
+        #[command(flatten)]
+        store: Store,
+        /// Only what has not been needed for so many hours
+        #[arg(long, default_value_t = 24)]
+        grace_hours: u32,
+        /// Only say what would be removed
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Import {
+    /// The disk image or appliance
+    pub file: PathBuf,
+    /// Name of the image to make
+    #[arg(long)]
+    pub name: String,
+    /// What the file is; as its name says without it, and never guessed from its content
+    #[arg(long, value_enum)]
+    pub format: Option<DiskFormat>,
+    /// Memory of the guest, MiB; an OVA says it itself
+    #[arg(long)]
+    pub memory_mib: Option<u64>,
+    /// TCP ports it answers on
+    #[arg(long = "port", required = true)]
+    pub ports: Vec<u16>,
+    /// Plain HTTP path that is answered with 200 once it serves
+    #[arg(long, default_value = "/")]
+    pub health_path: String,
+    /// Port of the health check; the first port without it
+    #[arg(long)]
+    pub health_port: Option<u16>,
+    /// HTTP status that means healthy
+    #[arg(long, default_value_t = 200)]
+    pub health_status: u16,
+    /// Path to warm the guest with, besides the health check's; may be given again
+    #[arg(long)]
+    pub warm: Vec<String>,
+    /// How often each path is asked for
+    #[arg(long, default_value_t = 20)]
+    pub times: u32,
+    /// cloud-init user-data for a guest that reads it
+    #[arg(long)]
+    pub user_data: Option<PathBuf>,
+    #[command(flatten)]
+    pub store: Store,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DiskFormat {
+    Raw,
+    Qcow2,
+    Vmdk,
+    Ova,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Identity {
+    /// Make the fleet's authority
+    Authority {
+        /// A new folder for its key and certificate
+        dir: PathBuf,
+    },
+    /// Issue an agent's identity
+    Issue {
+        /// Folder of the authority
+        #[arg(long)]
+        authority: PathBuf,
+        /// `store`, `machine` or `operator`
+        role: String,
+        /// The agent's own name, for instance tokyo-m1
+        id: String,
+        /// A new folder for ca.pem, cert.pem and key.pem
+        #[arg(long)]
+        to: PathBuf,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Bench {
+    /// `relocate`, `resume`, `density`, `wire` or `fanout`
+    pub name: String,
+    /// Print the result as one JSON object on the last line
+    #[arg(long)]
+    pub json: bool,
+    /// Few rows and runs: whether it works, not how fast it is
+    #[arg(long)]
+    pub quick: bool,
+    /// Only rows whose guest/mechanism/link contains one of these
+    #[arg(long)]
+    pub rows: Vec<String>,
+    /// Runs of each row, instead of five
+    #[arg(long)]
+    pub runs: Option<u64>,
+    /// Recipes of the guests
+    #[arg(long, default_value = "scenarios/guests")]
+    pub recipes: PathBuf,
+    #[command(flatten)]
+    pub store: Store,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -1,7 +1,10 @@
 //! Each verb as a function: what was typed in, an exit code out.
 
+mod bar;
+mod bench;
 mod daemon;
 mod doctor;
+mod identity;
 mod image;
 mod operate;
 mod play;
@@ -24,11 +27,16 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Explain(explain) => operate::explain(&explain),
         Command::Watch(cpa) => operate::watch(&cpa),
         Command::Doctor => doctor::run(),
+        Command::Identity(identity) => identity::run(&identity),
+        Command::Bench(bench) => bench::run(&bench),
         Command::Cpa(_)
         | Command::Vma(_)
         | Command::Machine(_)
         | Command::Edge(_)
         | Command::Origin(_)
+        | Command::Store(_)
+        | Command::Pager(_)
+        | Command::Relay(_)
         | Command::Tunnel(_)
         | Command::Wan(_) => daemon::run(command),
     }

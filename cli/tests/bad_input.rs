@@ -12,7 +12,8 @@ use vmatrix_lab::namespace::{Namespace, ip_batch};
 use vmatrix_model::Bytes;
 use vmatrix_model::manifest::{Manifest, PartKind};
 use vmatrix_replay::scenario::Scenario;
-use vmatrix_vma_image::{Store, chunks, sign};
+use vmatrix_vma_image::chunks::Cutter;
+use vmatrix_vma_image::{Store, chunks, memory, sign};
 
 const VMATRIX: &str = env!("CARGO_BIN_EXE_vmatrix");
 
@@ -122,25 +123,21 @@ fn a_cpa_that_is_not_there_is_named() {
 /// A store with a whole, signed image `small` that nobody could run.
 fn store(dir: &Path) -> Store {
     let store = Store::open(dir.join("store")).unwrap();
-    let kinds = [
-        (PartKind::Memory, "memory", 16 << 20),
-        (PartKind::Device, "device", 9_000),
-        (PartKind::Disk, "disk", 1 << 20),
-        (PartKind::Kernel, "kernel", 70_000),
-        (PartKind::Initrd, "initrd", 5_000),
-    ];
-    let parts: Vec<Value> = kinds
+    let file = |name: &str, length: usize| {
+        let mut bytes = vec![0; length];
+        bytes[..name.len()].copy_from_slice(name.as_bytes());
+        std::fs::write(dir.join(name), bytes).unwrap();
+        dir.join(name)
+    };
+    let cutter = Cutter::new(&store, None);
+    let memory = memory::cut(&cutter, &file("memory", 16 << 20), &[0], 1, None).unwrap();
+    let device = cutter.blob(b"device state", true).unwrap();
+    let parts: Vec<_> = [(PartKind::Disk, "disk", 1 << 20), (PartKind::Kernel, "kernel", 70_000)]
         .into_iter()
-        .map(|(kind, name, length)| {
-            let file = dir.join(name);
-            let mut bytes = vec![0; length];
-            bytes[..name.len()].copy_from_slice(name.as_bytes());
-            std::fs::write(&file, bytes).unwrap();
-            serde_json::to_value(chunks::cut(&file, kind, Bytes(64 << 10), &store).unwrap()).unwrap()
-        })
+        .map(|(kind, name, length)| cutter.part(&file(name, length), kind, Bytes(64 << 10)).unwrap())
         .collect();
     let manifest: Manifest = serde_json::from_value(json!({
-        "format": 1,
+        "format": 2,
         "name": "small",
         "recipe": "0".repeat(64),
         "machine": {
@@ -151,6 +148,8 @@ fn store(dir: &Path) -> Store {
             "address": "192.168.1.10", "gateway": "192.168.1.1", "mac": "52:54:00:12:34:56", "ports": [80],
             "health": { "port": 80, "path": "/", "status": 200 }, "backends": [],
         },
+        "memory": memory,
+        "device": device,
         "parts": parts,
         "measured": { "boot_ms": 1, "answer_ms": 1 },
     }))
@@ -201,7 +200,8 @@ fn a_flipped_byte_of_a_chunk_is_found_and_the_chunk_named() {
     let store = store(dir.path());
     let signed = store.image("small").unwrap().unwrap();
     let manifest: Manifest = serde_json::from_str(&signed.manifest).unwrap();
-    let hex = manifest.part(PartKind::Kernel).unwrap().chunks[0].unwrap().digest.to_string();
+    let kernel = chunks::table(manifest.part(PartKind::Kernel).unwrap(), &store).unwrap();
+    let hex = kernel[0].unwrap().digest.to_string();
     let file = store.dir().join("chunks").join(&hex[..2]).join(&hex);
     let mut bytes = std::fs::read(&file).unwrap();
     let middle = bytes.len() / 2;
@@ -274,7 +274,7 @@ fn machine_a_daemon_whose_address_is_taken_names_it() {
     let place = layout::Place { id: "0ca1".into(), folder: dir.path().into(), store: store.dir().into() };
     let specs = layout::daemons(&fleet, &place, &[]).unwrap();
     layout::write(&fleet, &place, &specs, "token").unwrap();
-    for name in ["cpa", "origin", "edge-tokyo", "vma-tokyo", "machine-tokyo-1"] {
+    for name in ["cpa", "origin", "store", "edge-tokyo", "vma-tokyo", "machine-tokyo-1"] {
         let spec = specs.iter().find(|s| s.name == name).unwrap();
         let config: toml::Table = spec.config.parse().unwrap();
         let taken = config["listen"].as_str().unwrap().to_owned();

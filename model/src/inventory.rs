@@ -43,10 +43,13 @@ pub struct ImageSeen {
     pub total: Bytes,
     /// Bytes fetched from elsewhere since the agent began.
     pub fetched: Bytes,
+    /// Whether what a guest needs before it runs is here: the rest comes while it does.
+    #[serde(default)]
+    pub resumable: bool,
 }
 
 impl ImageSeen {
-    /// Whether an instance can be resumed without fetching anything.
+    /// Whether all of it is here: an instance then needs nobody else.
     pub fn complete(&self) -> bool {
         self.present >= self.total
     }

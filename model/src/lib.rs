@@ -22,5 +22,5 @@ pub mod steering;
 pub mod units;
 pub mod wire;
 
-pub use ids::{Digest, Generation, InstanceId, MachineId, NetworkId, RegionId, ServiceId, SiteId};
+pub use ids::{Digest, Generation, InstanceId, KeyId, MachineId, NetworkId, RegionId, ServiceId, SiteId};
 pub use units::{Bytes, Mbit, MicroUsd, Span, Time};

@@ -1,6 +1,6 @@
 //! What a suspended VM is: the machine it must be resumed on, byte for byte, and where its bytes are.
 
-use crate::{Bytes, Digest};
+use crate::{Bytes, Digest, KeyId};
 use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
 
@@ -17,6 +17,9 @@ pub struct SignedManifest {
 }
 
 /// A suspended VM.
+///
+/// It names bytes by digest and holds no list of them: lists are blobs too ("tables"), so a manifest is a few
+/// KiB whatever the size of the guest, and an order to resume waits for little.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -26,16 +29,74 @@ pub struct Manifest {
     pub name: String,
     /// Digest of the recipe with everything it read; an image is built again when it changes.
     pub recipe: Digest,
+    /// The image this is a snapshot of, by the digest of its manifest: what both have in common has the same
+    /// digests in their tables.
+    #[serde(default)]
+    pub parent: Option<Digest>,
+    /// Rises with each snapshot of a singleton; 0 for an image that was built or imported.
+    #[serde(default)]
+    pub epoch: u64,
+    /// The owner's key, where memory and device state are sealed with one.
+    #[serde(default)]
+    pub seal: Option<KeyId>,
     pub machine: MachineSpec,
     pub guest: GuestSpec,
+    pub memory: Memory,
+    /// Device state, saved apart from memory.
+    pub device: Blob,
+    /// Files: disk, kernel, initrd, back-end seed.
     pub parts: Vec<Part>,
     pub measured: Measured,
 }
 
-/// The only manifest format so far.
-pub const FORMAT: u32 = 1;
-/// Largest manifest text: an 8 GiB image in 256 KiB chunks is 2.2 MiB of digests.
-pub const MANIFEST_MAX: usize = 16 << 20;
+/// The manifest format of this version.
+pub const FORMAT: u32 = 2;
+/// Largest manifest text.
+pub const MANIFEST_MAX: usize = 256 << 10;
+
+/// Bytes that the manifest names itself: a table, or device state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Blob {
+    /// BLAKE3 of the plain bytes.
+    pub digest: Digest,
+    /// Bytes as stored: zstd, and sealed where the image is.
+    pub stored: Bytes,
+    /// Bytes when unpacked.
+    pub plain: Bytes,
+}
+
+/// Guest memory: pages of 4 KiB, each zero or in one pack.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Memory {
+    /// Bytes of the guest's memory.
+    pub size: Bytes,
+    /// Zero pages: they are not stored, and answered without the network.
+    pub zero_pages: u64,
+    /// Pages that lie where the parent has them, unchanged.
+    pub parent_pages: u64,
+    /// Table of the zero pages and of the packs of the working set, in order of first touch: what is needed
+    /// before the guest runs.
+    pub first: Blob,
+    /// Table of all other packs.
+    pub rest: Blob,
+    pub working_set: WorkingSet,
+    /// Stored bytes of all packs, each counted once.
+    pub stored: Bytes,
+}
+
+/// The pages that a resumed guest touches first, as they were recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkingSet {
+    /// Pages in it.
+    pub pages: u64,
+    /// Stored bytes of its packs.
+    pub stored: Bytes,
+    /// Requests the guest answered while it was recorded; 0 if nothing was.
+    pub requests: u32,
+}
 
 /// The virtual machine, pinned: QEMU takes a wrong CPU model or an extra device without a word.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +133,14 @@ pub struct GuestSpec {
     pub health: Health,
     /// Back ends it connects to, by address in the origin's intranet.
     pub backends: Vec<BackendSpec>,
+    /// Whether a program inside takes fresh random bytes and the time when the guest wakes. Two clones of a
+    /// guest without one begin with the same "random" numbers, at the time of the suspend.
+    #[serde(default = "yes")]
+    pub reseeds: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// How to tell that the guest serves.
@@ -102,8 +171,10 @@ pub struct Part {
     pub size: Bytes,
     /// Bytes of every chunk but the last.
     pub chunk: Bytes,
-    /// One entry a chunk, in order; a chunk of zeros has none.
-    pub chunks: Vec<Option<Chunk>>,
+    /// Table of its chunks, in order; a chunk of zeros has no entry of its own.
+    pub table: Blob,
+    /// Stored bytes of its chunks, each counted once.
+    pub stored: Bytes,
 }
 
 /// A stored chunk.
@@ -119,10 +190,6 @@ pub struct Chunk {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PartKind {
-    /// Guest memory.
-    Memory,
-    /// Device state, saved apart.
-    Device,
     /// Root disk, read-only for ever.
     Disk,
     Kernel,
@@ -146,10 +213,26 @@ impl Manifest {
         self.parts.iter().find(|p| p.kind == kind)
     }
 
-    /// Stored bytes of the whole image, each chunk counted once.
+    /// Stored bytes that a machine needs to have all of it: everything but what seeds the back end.
     pub fn stored(&self) -> Bytes {
-        let unique: std::collections::BTreeMap<Digest, Bytes> =
-            self.parts.iter().flat_map(|p| p.chunks.iter().flatten()).map(|c| (c.digest, c.stored)).collect();
-        unique.into_values().sum()
+        let parts = self.parts.iter().filter(|p| p.kind != PartKind::BackendSeed);
+        parts.map(|p| p.stored + p.table.stored).sum::<Bytes>()
+            + self.tables()
+            + self.memory.stored
+            + self.device.stored
+    }
+
+    /// Stored bytes that a machine needs before the guest runs: device state, first table, working set.
+    pub fn critical(&self) -> Bytes {
+        self.device.stored + self.memory.first.stored + self.memory.working_set.stored
+    }
+
+    fn tables(&self) -> Bytes {
+        self.memory.first.stored + self.memory.rest.stored
+    }
+
+    /// 4 KiB pages of guest memory.
+    pub fn pages(&self) -> u64 {
+        self.memory.size.0 / 4096
     }
 }

@@ -12,6 +12,11 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Machine(d) => block_on(vmatrix_vma_agent::machine::run(&d.config)).context("machine ended")?,
         Command::Edge(d) => block_on(vmatrix_edge_agent::run(&d.config)).context("edge ended")?,
         Command::Origin(d) => block_on(vmatrix_edge_agent::origin::run(&d.config)).context("origin ended")?,
+        Command::Store(d) => {
+            block_on(async { Ok(vmatrix_vma_transfer::run(&d.config).await?) }).context("store ended")?
+        }
+        Command::Pager(d) => block_on(vmatrix_vma_pager::run(&d.config)).context("pager ended")?,
+        Command::Relay(d) => block_on(vmatrix_edge_agent::relay::run(&d.config)).context("relay ended")?,
         Command::Tunnel(t) => block_on(vmatrix_edge_agent::tunnel::run(vmatrix_edge_agent::tunnel::TunnelArgs {
             netns: t.netns,
             network: t.network.parse()?,

@@ -1,12 +1,18 @@
 //! Images of suspended VMs.
 
+mod import;
+
+use super::bar::Bar;
 use super::block_on;
 use crate::args::{self, Image, Output};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 use vmatrix_model::manifest::Measured;
-use vmatrix_vma_image::{build, inspect};
+use vmatrix_vma_build::{build, record};
+use vmatrix_vma_image::store::{copy_image, repair_image};
+use vmatrix_vma_image::{Store, gc, inspect};
 
 /// The store a verb works on: as told, else in the user's cache.
 pub fn store(store: &args::Store) -> Result<PathBuf> {
@@ -33,13 +39,62 @@ pub fn run(image: &Image) -> Result<ExitCode> {
                 Output::Table => print!("{}", seen.table()),
             }
         }
-        Image::Verify { name, store: s } => {
+        Image::Verify { name, store: s, repair_from } => verify(name, &store(s)?, repair_from.as_deref())?,
+        Image::Record { name, recipe, store: s } => {
             let store = store(s)?;
-            let (seen, checked) = inspect::verify(&store, name, &[])?;
-            println!("{name} {}: signature and every chunk right, {checked}", seen.digest.short());
+            let made = block_on(async { Ok(record::record(name, &store, recipe.as_deref()).await?) })?;
+            println!(
+                "{name} {}: {} pages ({}) instead of {} ({}), of {} requests",
+                made.digest.short(),
+                made.after.pages,
+                made.after.stored,
+                made.before.pages,
+                made.before.stored,
+                made.after.requests
+            );
+        }
+        Image::Import(import) => import::import(import)?,
+        Image::Export { name, to, format, store: s } => import::export(name, to, *format, &store(s)?)?,
+        Image::Push { name, to, store: s } => copy(name, &Store::read(store(s)?)?, &Store::at(to)?)?,
+        Image::Pull { name, from, store: s } => copy(name, &Store::existing(from)?, &Store::open(store(s)?)?)?,
+        Image::Gc { store: s, grace_hours, dry_run } => {
+            let grace = Duration::from_secs(u64::from(*grace_hours) * 3600);
+            let seen = gc::gc(&Store::existing(&store(s)?.to_string_lossy())?, grace, *dry_run)?;
+            let verb = if *dry_run { "would remove" } else { "removed" };
+            println!(
+                "{} images keep {} chunks; {verb} {} ({}), {} wait",
+                seen.images, seen.kept, seen.removed, seen.bytes, seen.waiting
+            );
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn verify(name: &str, store: &Path, repair_from: Option<&str>) -> Result<()> {
+    if let Some(from) = repair_from {
+        let here = Store::open(store)?;
+        let key = inspect::owner_key(&inspect::inspect(store, name, &[])?.manifest, &here)?;
+        let done = repair_image(name, &here, Some(&Store::existing(from)?), key.as_ref())?;
+        println!("{name}: {} chunks checked, {} put again", done.checked, done.repaired);
+        if let Some(lost) = done.lost.first() {
+            bail!(
+                "{name} lacks {} chunks that {from} does not have right either, {} first\n\nhint: build the image again; it goes on from what is here",
+                done.lost.len(),
+                lost.short()
+            );
+        }
+    }
+    let (seen, checked) = inspect::verify(store, name, &[])?;
+    println!("{name} {}: signature and every chunk right, {checked}", seen.digest.short());
+    Ok(())
+}
+
+fn copy(name: &str, from: &Store, to: &Store) -> Result<()> {
+    let bar = Bar::begin(name);
+    let done = copy_image(name, from, to, &|p| bar.at(p.bytes.0.0, p.bytes.1.0))?;
+    drop(bar);
+    println!("{name}: {} of {} chunks sent, {}", done.sent, done.chunks, done.bytes);
+    Ok(())
 }
 
 /// Builds one image unless the store has it from this very recipe.

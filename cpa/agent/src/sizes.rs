@@ -60,20 +60,22 @@ mod tests {
         fleet: Fleet,
     }
 
-    /// A manifest of two chunks, one of them used twice.
+    /// A manifest whose tables, device state and packs have 741 stored bytes together.
     fn signed(name: &str) -> SignedManifest {
-        let chunk =
-            |what: &[u8], stored| serde_json::json!({ "digest": vmatrix_model::Digest::of(what), "stored": stored });
+        let blob =
+            |stored| serde_json::json!({ "digest": vmatrix_model::Digest::of(b""), "stored": stored, "plain": 1 });
         let manifest = serde_json::json!({
-            "format": 1,
+            "format": 2,
             "name": name,
             "recipe": vmatrix_model::Digest::of(b"recipe"),
             "machine": { "qemu_version": "10.0.2", "machine_type": "pc-q35-10.0", "cpu_model": "max", "accelerator": "tcg",
                 "smp": 1, "memory_mib": 512, "devices": [], "netdev": "tap", "append": "" },
             "guest": { "address": "192.168.1.10", "gateway": "192.168.1.1", "mac": "52:54:00:00:00:01", "ports": [80],
                 "health": { "port": 80, "path": "/", "status": 200 }, "backends": [] },
-            "parts": [{ "kind": "memory", "size": 30, "chunk": 10,
-                "chunks": [chunk(b"a", 700), chunk(b"b", 41), chunk(b"a", 700), null] }],
+            "memory": { "size": 4096, "zero_pages": 0, "parent_pages": 0, "first": blob(10), "rest": blob(20),
+                "working_set": { "pages": 1, "stored": 600, "requests": 60 }, "stored": 670 },
+            "device": blob(41),
+            "parts": [],
             "measured": { "boot_ms": 1, "answer_ms": 1 },
         });
         SignedManifest { manifest: manifest.to_string(), signature: String::new(), signer: String::new() }

@@ -117,7 +117,11 @@ impl OriginFile {
     }
 }
 
-fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+/// Reads a TOML file.
+///
+/// # Errors
+/// It is not there, or has unknown or missing keys.
+pub fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     Ok(parse_toml(&path.display().to_string(), &text)?)
 }

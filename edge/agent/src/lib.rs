@@ -4,6 +4,7 @@
 //! VM agent ─ EdgeConfig ─▶ edge ─▶ nat (nft, addresses)      run              one per network
 //! CPA ────── Steering ───▶ edge ─▶ dns                       tunnel::run      one per cell
 //! CPA ◀── DemandReport ─── edge ◀─ nat (counters)            origin::run      one, beside the database
+//! cell a singleton left ◀═ sealed UDP ═▶ cell it is in       relay::run       one at either end
 //! ```
 //!
 //! What is right to do is decided in `vmatrix-edge-core`; here it is done. An edge that ends leaves its
@@ -20,6 +21,7 @@ mod gateway;
 mod http;
 mod nat;
 pub mod origin;
+pub mod relay;
 mod state;
 mod store;
 pub mod tunnel;

@@ -1,7 +1,7 @@
-//! The origin daemon: the image store for machines, and the gateway through which cells reach back ends.
+//! The origin daemon: the gateway through which cells reach back ends, and the manifests the CPA prices by.
 //!
 //! ```text
-//! machine ─ GET image, chunk ─▶ store (read only)
+//! CPA ───── GET image ─────────▶ store (read only)
 //! tunnel ── PUT, DELETE peer ─▶ gateway ─▶ vpn0 ─▶ filter: listed back ends only ─▶ database
 //! ```
 
@@ -72,10 +72,7 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
         .route("/v1/peers", put(put_peer))
         .route("/v1/peers/{network}/{cell}", delete(delete_peer))
         .with_state(Arc::new(origin));
-    let images = Router::new()
-        .route("/v1/images/{name}", get(store::image))
-        .route("/v1/chunks/{digest}", get(store::chunk))
-        .with_state(Arc::new(file.store.clone()));
+    let images = Router::new().route("/v1/images/{name}", get(store::image)).with_state(Arc::new(file.store.clone()));
     let routes = http::guarded(peers.merge(images), &token).merge(http::health());
     tracing::info!(listen = %file.listen, tunnels = %file.tunnel_listen, intranet = %file.intranet, "origin serves");
     tokio::select! {

@@ -25,8 +25,8 @@ use vmatrix_model::ServiceId;
 use vmatrix_model::fleet::Fleet;
 use vmatrix_model::manifest::PartKind;
 use vmatrix_replay::scenario::Scenario;
+use vmatrix_vma_build::postgres::Server;
 use vmatrix_vma_image::inspect::inspect;
-use vmatrix_vma_image::postgres::Server;
 use vmatrix_vma_image::{Store, chunks, sign};
 
 /// The WAN opens its ports in milliseconds; a loaded machine takes longer.

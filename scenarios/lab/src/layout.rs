@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use vmatrix_model::fleet::Fleet;
 use vmatrix_model::{NetworkId, SiteId};
 use vmatrix_replay::scenario::{Daemon, Scenario};
+use vmatrix_vma_transfer::identity::{Authority, Name, Role};
 
 /// The interface by which a site meets the WAN.
 pub const UPLINK: &str = "wan0";
@@ -25,12 +26,18 @@ pub const PAGE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 8439);
 pub const VMA_PORT: u16 = 8441;
 /// Where an edge listens for its configuration.
 pub const EDGE_PORT: u16 = 8442;
-/// Where the origin serves images and takes peers.
+/// Where the origin takes peers, and says what images there are.
 pub const ORIGIN_PORT: u16 = 8445;
+/// Where the origin's image store serves machines.
+pub const STORE_PORT: u16 = 8446;
+/// Where the first machine of a network gives others what it has; the next ones follow.
+pub const TRANSFER_PORT: u16 = 8551;
 /// The first machine of a network; the next ones follow.
 pub const MACHINE_PORT: u16 = 8451;
 /// UDP port of the origin's end of the tunnels.
 pub const TUNNEL_PORT: u16 = 51820;
+/// Folder of a daemon's certificate, in the daemon's own.
+const IDENTITY: &str = "identity";
 /// Most machines of one network: their ports must not run into others.
 const MACHINES_MAX: u32 = 100;
 
@@ -61,6 +68,16 @@ impl Place {
         let mut name = self.folder.clone().into_os_string();
         name.push("-db");
         PathBuf::from(name)
+    }
+
+    /// The folder of guests' memory, on a tmpfs; it may be [`Place::folder`].
+    pub fn memory(&self) -> PathBuf {
+        Path::new("/dev/shm").join(format!("vmatrix-{}", self.id))
+    }
+
+    /// The fleet's authority, for the time of the lab.
+    pub fn authority(&self) -> PathBuf {
+        self.folder.join("authority")
     }
 
     /// The fleet token, mode 0600.
@@ -102,12 +119,19 @@ pub struct DaemonSpec {
     pub namespace: String,
     /// The subcommand of `vmatrix`.
     pub verb: &'static str,
+    /// The name its certificate is made out to, where it has one.
+    pub identity: Option<Name>,
     pub folder: PathBuf,
     /// Its TOML file.
     pub config: String,
 }
 
 impl DaemonSpec {
+    /// Where its certificate is written.
+    pub fn identity_folder(&self) -> PathBuf {
+        self.folder.join(IDENTITY)
+    }
+
     /// Where [`DaemonSpec::config`] is written.
     pub fn config_file(&self) -> PathBuf {
         self.folder.join("config.toml")
@@ -213,6 +237,7 @@ pub fn daemons(fleet: &Fleet, place: &Place, signers: &[String]) -> anyhow::Resu
             kind,
             network: network.cloned(),
             verb,
+            identity: None,
             config,
         })
     };
@@ -237,6 +262,25 @@ pub fn daemons(fleet: &Fleet, place: &Place, signers: &[String]) -> anyhow::Resu
             "backends": backends,
         }),
     )?];
+    let folder = place.folder.join("store");
+    let config = json!({
+        "listen": listen(origin, STORE_PORT),
+        "store": store,
+        "identity": IDENTITY,
+        "keys": store.join("keys"),
+        "keep_windows": true,
+    });
+    all.push(DaemonSpec {
+        name: "store".into(),
+        // Whoever kills the origin's gateway leaves its store.
+        kind: Daemon::Origin,
+        network: None,
+        namespace: place.namespace(fleet.origin.name.as_str()),
+        verb: "store",
+        identity: Some(Name::new(Role::Store, "origin").context("the store's own name")?),
+        folder,
+        config: toml::to_string(&config).context("cannot write the configuration of the store")?,
+    });
     let mut agents = serde_json::Map::new();
     for network in &fleet.networks {
         let own = gateway(&SiteId::from(&network.name))?;
@@ -275,7 +319,9 @@ pub fn daemons(fleet: &Fleet, place: &Place, signers: &[String]) -> anyhow::Resu
         );
         for machine in 0..network.machines {
             let name = format!("m{}", machine + 1);
-            all.push(spec(
+            let identity = Name::new(Role::Machine, &format!("{}-{name}", network.name))
+                .with_context(|| format!("machine {name} of {}", network.name))?;
+            let spec = spec(
                 format!("machine-{}-{}", network.name, machine + 1),
                 Daemon::Machine,
                 Some(&network.name),
@@ -285,7 +331,10 @@ pub fn daemons(fleet: &Fleet, place: &Place, signers: &[String]) -> anyhow::Resu
                     "network": network.name,
                     "listen": listen(own, MACHINE_PORT + machine as u16),
                     "vma": url(own, VMA_PORT),
-                    "images": url(origin, ORIGIN_PORT),
+                    "identity": IDENTITY,
+                    "sources": [listen(origin, STORE_PORT)],
+                    "transfer_listen": listen(own, TRANSFER_PORT + machine as u16),
+                    "memory_dir": place.memory(),
                     "origin": url(origin, ORIGIN_PORT),
                     "cpus": 2,
                     "memory_mib": network.machine_memory_mib,
@@ -293,7 +342,8 @@ pub fn daemons(fleet: &Fleet, place: &Place, signers: &[String]) -> anyhow::Resu
                     "cell_prefix": place.namespace(&format!("{}-{name}", network.name)),
                     "signers": signers,
                 }),
-            )?);
+            )?;
+            all.push(DaemonSpec { identity: Some(identity), ..spec });
         }
     }
     all.push(spec(
@@ -313,7 +363,7 @@ pub fn daemons(fleet: &Fleet, place: &Place, signers: &[String]) -> anyhow::Resu
     Ok(all)
 }
 
-/// Writes the files of `daemons`, the fleet and the token.
+/// Writes the files of `daemons`, the fleet and the token, and makes out the daemons' certificates.
 ///
 /// # Errors
 /// The folder cannot be written.
@@ -323,10 +373,14 @@ pub fn write(fleet: &Fleet, place: &Place, daemons: &[DaemonSpec], token: &str) 
     };
     put(&place.token_file(), token)?;
     put(&place.folder.join("fleet.toml"), &toml::to_string(fleet).context("cannot write the fleet as TOML")?)?;
+    let authority = Authority::create(place.authority())?;
     for daemon in daemons {
         let state = daemon.folder.join("state");
         std::fs::create_dir_all(&state).with_context(|| format!("cannot make {}", state.display()))?;
         put(&daemon.config_file(), &daemon.config)?;
+        if let Some(name) = &daemon.identity {
+            authority.issue(name.role, &name.id)?.write(daemon.identity_folder())?;
+        }
     }
     Ok(())
 }

@@ -129,7 +129,16 @@ pub fn make(store: &Path) -> anyhow::Result<Place> {
         }
         let folder = base.join(format!("vmatrix-{id}"));
         match std::fs::DirBuilder::new().mode(0o700).create(&folder) {
-            Ok(()) => return Ok(Place { id, folder, store: store.to_owned() }),
+            Ok(()) => {
+                let place = Place { id, folder, store: store.to_owned() };
+                if place.memory() != place.folder {
+                    std::fs::DirBuilder::new()
+                        .mode(0o700)
+                        .create(place.memory())
+                        .with_context(|| format!("cannot make {}", place.memory().display()))?;
+                }
+                return Ok(place);
+            }
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(e).with_context(|| format!("cannot make {}", folder.display())),
         }

@@ -176,8 +176,13 @@ mod tests {
                 resumed_in: None,
                 trouble: None,
             });
-            let image =
-                ImageSeen { digest: Digest::of(b"x"), present: Bytes(9), total: Bytes(9), fetched: Bytes(fetched) };
+            let image = ImageSeen {
+                digest: Digest::of(b"x"),
+                present: Bytes(9),
+                total: Bytes(9),
+                fetched: Bytes(fetched),
+                resumable: true,
+            };
             let seen = Inventory {
                 network: n.name.clone(),
                 at: Time(0),

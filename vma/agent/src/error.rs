@@ -1,7 +1,7 @@
 //! What stops a daemon from starting: each says what, where, and what to do next.
 
 use std::io;
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use vmatrix_model::config::BadFile;
 
@@ -25,11 +25,13 @@ pub enum Error {
     StateDirLong { path: PathBuf, room: usize },
     #[error("cells = {cells} has no room for a cell\n\nhint: a cell takes a /30; a /24 has room for 64")]
     CellsSmall { cells: ipnet::Ipv4Net },
+    #[error("{}: {what} is {has}; at most {max} are taken", path.display())]
+    TooMany { path: PathBuf, what: &'static str, has: usize, max: usize },
     #[error(
         "cannot listen on {address}\n\nhint: is another daemon there? `ss -ltnp` shows it; the address must be one of this namespace's own"
     )]
     Listen {
-        address: SocketAddrV4,
+        address: SocketAddr,
         #[source]
         source: io::Error,
     },
@@ -45,4 +47,6 @@ pub enum Error {
     Missing { program: &'static str, package: &'static str },
     #[error(transparent)]
     Image(#[from] vmatrix_vma_image::Error),
+    #[error(transparent)]
+    Transfer(#[from] vmatrix_vma_transfer::Error),
 }

@@ -43,7 +43,8 @@ impl IntoResponse for Refusal {
 /// # Errors
 /// The address cannot be listened on.
 pub async fn serve(listen: SocketAddrV4, token: &str, routes: Router) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(listen).await.map_err(|source| Error::Listen { address: listen, source })?;
+    let listener =
+        TcpListener::bind(listen).await.map_err(|source| Error::Listen { address: listen.into(), source })?;
     let expected: Arc<str> = format!("Bearer {token}").into();
     let app = routes
         .layer(axum::middleware::from_fn_with_state(expected, check_token))

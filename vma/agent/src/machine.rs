@@ -1,19 +1,26 @@
-//! A machine: builds cells, stages images, resumes VMs, and says what it has.
+//! A machine: builds cells, fetches images, resumes VMs before they have arrived, and says what it has.
 //!
 //! ```text
-//!  POST /v1/step ─▶ one at a time per instance ─▶ cell │ stage │ vm ─▶ outcome, with a fresh look
+//!  POST /v1/step ─▶ one at a time per instance ─▶ cell │ fetch │ vm ─▶ outcome, with a fresh look
 //!  GET  /v1/seen ─▶ records + processes + images ─▶ what there is
 //!  each second   ─▶ subscribes to the VM agent; minds tunnels, health, newer images
+//!  all the time  ─▶ guards pagers; gives other machines what is here
 //! ```
 //!
-//! VMs and tunnels are processes of their own: when this daemon dies they go on, and when it begins
+//! VMs, pagers and tunnels are processes of their own: when this daemon dies they go on, and when it begins
 //! again it finds them by their command lines, and their cells by the records in `state_dir/cells`.
 
 mod cell;
+mod fetch;
+mod guard;
+mod image;
+mod memory;
 mod mind;
+mod pager;
 mod process;
 mod record;
-mod stage;
+mod spawn;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod vm;
@@ -25,14 +32,19 @@ use anyhow::Context;
 use axum::extract::State;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use image::Images;
+use memory::Memory;
 use record::{Phase, Record, Records};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use vmatrix_model::InstanceId;
+use tokio::net::TcpListener;
+use vmatrix_model::{Digest, InstanceId};
 use vmatrix_vma_core::steps::{CellSeen, Fault, Life, Outcome, Seen, Step};
+use vmatrix_vma_image::Store;
 use vmatrix_vma_image::machine::Host;
+use vmatrix_vma_transfer::{Limits, ServerConfig, Sources, SourcesConfig, identity::Identity};
 
 /// A machine and what it knows of itself.
 pub(crate) struct Machine {
@@ -40,12 +52,16 @@ pub(crate) struct Machine {
     client: Client,
     host: Host,
     records: Records,
-    stages: stage::Stages,
+    images: Images,
+    sources: Sources,
+    memory: Memory,
+    /// The pager of each image that runs.
+    pagers: Mutex<BTreeMap<Digest, Arc<pager::Pager>>>,
     /// Health checks an instance missed in a row.
     missed: Mutex<BTreeMap<InstanceId, u32>>,
     /// One step at a time per instance. Bounded by the cells a machine has addresses for.
     busy: Mutex<BTreeMap<InstanceId, Arc<tokio::sync::Mutex<()>>>>,
-    /// What `vmatrix tunnel` is started from.
+    /// What `vmatrix tunnel` and `vmatrix pager` are started from.
     program: PathBuf,
     run: u64,
     sequence: AtomicU64,
@@ -57,9 +73,17 @@ pub(crate) struct Machine {
 /// The file is wrong, QEMU, `ip` or `nft` is missing, there is no `/dev/net/tun`, the state folder
 /// cannot be written, or the address is taken: see [`Error`].
 pub async fn run(path: &Path) -> anyhow::Result<()> {
+    run_with(path, &std::env::current_exe().context("cannot find the program that runs")?).await
+}
+
+/// As [`run`], with `program` in the place of `vmatrix` for tunnels and pagers.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_with(path: &Path, program: &Path) -> anyhow::Result<()> {
     let config = MachineConfig::read(path)?;
     let token = config::token(&config.token_file)?;
-    let machine = Arc::new(Machine::new(config, &token)?);
+    let machine = Arc::new(Machine { program: program.to_owned(), ..Machine::new(config, &token)? });
     tracing::info!(machine = %machine.config.name, listen = %machine.config.listen, accelerator = machine.host.accelerator, qemu = machine.host.qemu_version, cells = machine.records.all().len(), "machine begins");
     for stray in machine.records.strays() {
         machine
@@ -67,10 +91,34 @@ pub async fn run(path: &Path) -> anyhow::Result<()> {
             .await
             .with_context(|| format!("cannot take down cell {stray}, whose record cannot be read"))?;
     }
+    machine.guard_what_runs();
     let mut tasks = tokio::task::JoinSet::new();
+    if let Some(address) = machine.config.transfer_listen {
+        let listener = TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })?;
+        let config = ServerConfig {
+            identity: Identity::read(&machine.config.identity)?,
+            store: machine.images.store.clone(),
+            keys: None,
+            rate_mbit: machine.config.rate_mbit,
+        };
+        tasks.spawn(async move {
+            if let Err(e) = vmatrix_vma_transfer::serve(listener, config, std::future::pending()).await {
+                tracing::error!(
+                    error = format!("{:#}", anyhow::Error::new(e)),
+                    "nothing is given to other machines any more"
+                );
+            }
+        });
+    }
+    let warmed = machine.clone();
+    tasks.spawn(async move {
+        let answered = warmed.sources.warm().await;
+        tracing::info!(answered, of = warmed.config.sources.len(), "sources of images");
+    });
     tasks.spawn(mind::subscribe(machine.clone()));
     tasks.spawn(mind::health(machine.clone()));
     tasks.spawn(mind::tunnels(machine.clone()));
+    tasks.spawn(mind::warm(machine.clone()));
     tasks.spawn(mind::renew(machine.clone()));
     let routes = Router::new().route("/v1/step", post(step)).route("/v1/seen", get(seen)).with_state(machine.clone());
     http::serve(machine.config.listen, &token, routes).await
@@ -101,14 +149,28 @@ impl Machine {
         let host = vmatrix_vma_image::machine::host()?;
         let state = |source| Error::State { path: config.state_dir.clone(), source };
         let records = Records::open(&config.state_dir.join("cells")).map_err(state)?;
-        let stages = stage::Stages::open(&config.state_dir.join("images")).map_err(state)?;
+        let store = Store::open(config.state_dir.join("store"))?;
+        let images = Images::open(store.clone(), &config.signers, &host)?;
+        let folder = config.memory_dir.join(&config.cell_prefix);
+        let memory = Memory::open(folder.clone()).map_err(|source| Error::State { path: folder, source })?;
+        let limits = Limits { background_mbit: config.rate_mbit };
+        let from = SourcesConfig {
+            identity: config.identity.clone(),
+            addresses: config.sources.clone(),
+            serving: config.transfer_listen,
+            limits,
+        };
+        let sources = Sources::from_config(&from, store).map_err(Error::Transfer)?;
         let mut run = [0; 8];
         getrandom::fill(&mut run).map_err(|e| anyhow::anyhow!("this machine has no random bytes: {e}"))?;
         Ok(Machine {
             client: Client::new(token)?,
             host,
             records,
-            stages,
+            images,
+            sources,
+            memory,
+            pagers: Mutex::default(),
             missed: Mutex::default(),
             busy: Mutex::default(),
             program: std::env::current_exe().context("cannot find the program that runs")?,
@@ -125,8 +187,11 @@ impl Machine {
             None => None,
         };
         let done = match &step {
-            Step::Stage { service: _, image } => self.stage(image),
-            Step::DropImage { image } => self.drop_image(image),
+            Step::Stage { service: _, image } => {
+                self.stage(image);
+                Ok(())
+            }
+            Step::DropImage { image } => self.drop_image(image).await,
             Step::Prepare(spec) => self.prepare(spec).await,
             Step::Resume { instance } => self.resume(instance).await,
             Step::Suspend { instance } => self.suspend(instance).await,
@@ -147,11 +212,12 @@ impl Machine {
         let running = process::all();
         let mut cells: Vec<CellSeen> = self.records.all().iter().map(|r| self.cell_seen(r, &running)).collect();
         cells.sort_by(|a, b| a.instance.cmp(&b.instance));
-        Seen { machine: self.config.name.clone(), run: self.run, sequence, cells, images: self.stages.seen() }
+        let images = self.images.seen(&self.hydrating());
+        Seen { machine: self.config.name.clone(), run: self.run, sequence, cells, images }
     }
 
     fn cell_seen(&self, record: &Record, running: &[process::Process]) -> CellSeen {
-        let alive = vm::find(running, &self.namespace(&record.spec.instance)).is_some();
+        let alive = self.find_vm(record, running).is_some();
         let there = vmatrix_vma_image::netns::path(&self.namespace(&record.spec.instance)).exists();
         let missed =
             self.missed.lock().unwrap_or_else(PoisonError::into_inner).get(&record.spec.instance).copied().unwrap_or(0);
@@ -165,6 +231,7 @@ impl Machine {
             Phase::Resuming | Phase::Healthy | Phase::Suspending => Life::Lost,
         };
         let trouble = (missed > 0).then(|| format!("{missed} health checks in a row were not answered"));
+        let trouble = trouble.or_else(|| self.shares_its_secrets(record).filter(|_| alive));
         CellSeen {
             instance: record.spec.instance.clone(),
             address: record.link.cell,
@@ -173,6 +240,15 @@ impl Machine {
             resumed_in: record.resumed_in.filter(|_| record.phase == Phase::Healthy),
             trouble,
         }
+    }
+
+    /// What is to be known of a guest that nothing reseeds.
+    fn shares_its_secrets(&self, record: &Record) -> Option<String> {
+        let known = self.images.known(&record.spec.image).filter(|k| !k.manifest.guest.reseeds)?;
+        Some(format!(
+            "nothing in image {} takes fresh random bytes or the time: its clones draw the same numbers, at the time of the suspend",
+            known.manifest.name
+        ))
     }
 
     fn is_stepping(&self, instance: &InstanceId) -> bool {
@@ -188,9 +264,17 @@ impl Machine {
 /// An error as the VM agent hears it: the whole chain in one line, and whether it will be the same next time.
 fn fault(error: &anyhow::Error) -> Fault {
     use vmatrix_vma_image::Error as E;
+    if let Some(told) = error.downcast_ref::<Fault>() {
+        return told.clone();
+    }
     let lasting = error.chain().any(|e| {
+        let image = match e.downcast_ref::<vmatrix_vma_transfer::Error>() {
+            // One that stands for what it carries says nothing of it in the chain.
+            Some(vmatrix_vma_transfer::Error::Image(image)) => Some(image),
+            _ => e.downcast_ref::<E>(),
+        };
         matches!(
-            e.downcast_ref::<E>(),
+            image,
             Some(
                 E::Mismatch(_)
                     | E::Untrusted { .. }

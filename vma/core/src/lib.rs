@@ -17,7 +17,7 @@
 //!               └─Release─ Ready ◀─Suspend─ (no connection, or drain is over) ─┘
 //! ```
 //!
-//! - no cell → Preparing: a machine has the image whole and the memory free.
+//! - no cell → Preparing: a machine has the memory free; it stages the image at the same time.
 //! - Preparing → Resuming: the cell is seen whole.
 //! - Resuming → Healthy: the VM is seen to answer.
 //! - Healthy → Serving: the edge has confirmed a config that holds it.
@@ -43,6 +43,7 @@ mod report;
 mod retry;
 mod rotation;
 pub mod steps;
+pub mod tenure;
 mod wanted;
 
 use machine::Machine;
@@ -377,9 +378,10 @@ impl Vma {
         let share = self.assignment.as_ref()?.services.get(&instance.service)?;
         match cell.life {
             Life::Building => Some(Step::Prepare(wanted::spec(instance, share))),
-            // An image that went missing under its cell is fetched first.
+            // What is missing of its image comes meanwhile; where none will come there is nothing to resume from.
             Life::Ready | Life::Resuming | Life::Lost => {
-                self.machines.get(machine)?.holds(&share.image).then_some(Step::Resume { instance })
+                let holds = self.machines.get(machine).is_some_and(|m| m.holds(&share.image));
+                (holds || !wanted::refuses(self, machine, &share.image)).then_some(Step::Resume { instance })
             }
             Life::Healthy => None,
             Life::Sick => self.rotation.is_out(cell.address).then_some(Step::Suspend { instance }),

@@ -12,20 +12,24 @@ pub struct Candidate {
     pub held: Held,
     /// Whether it said for good that it will not take the image.
     pub refuses: bool,
+    /// Whether the image does not come there now.
+    pub barren: bool,
 }
 
 /// How much of an image a machine has; the most first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Held {
     Whole,
+    /// What is needed before the guest runs.
+    Critical,
     Part,
     Nothing,
 }
 
 /// Picks the machine for an instance of `memory_mib`: of those that hold most of the image, the one
 /// that has least memory left afterwards (best fit keeps room for large instances); ties go to the
-/// lower name. A machine that refused the image comes last: it is asked again, for what was wrong
-/// there may have been mended.
+/// lower name. A machine to which the image does not come, or that refused it, comes last: it is asked
+/// again, for what was wrong there may have been mended.
 ///
 /// # Errors
 /// Why no machine takes it, for the operator.
@@ -34,7 +38,7 @@ pub fn pick(candidates: &[Candidate], memory_mib: u64) -> Result<&Candidate, Str
         return Err("no machine is subscribed; start `vmatrix machine` on one".into());
     }
     let fits = candidates.iter().filter(|c| c.free_mib >= memory_mib);
-    fits.min_by_key(|c| (c.refuses, c.held, c.free_mib, &c.machine)).ok_or_else(|| {
+    fits.min_by_key(|c| (c.refuses, c.barren, c.held, c.free_mib, &c.machine)).ok_or_else(|| {
         let most = candidates.iter().map(|c| c.free_mib).max().unwrap_or(0);
         format!("an instance needs {memory_mib} MiB and no machine has more than {most} MiB free; add a machine or want fewer instances")
     })
@@ -46,7 +50,7 @@ mod tests {
 
     fn machine(name: &str, free_mib: u64, holds: bool) -> Candidate {
         let held = if holds { Held::Whole } else { Held::Nothing };
-        Candidate { machine: name.parse().unwrap(), free_mib, held, refuses: false }
+        Candidate { machine: name.parse().unwrap(), free_mib, held, refuses: false, barren: false }
     }
 
     #[test]

@@ -102,8 +102,9 @@ fn images(vma: &Vma) -> BTreeMap<vmatrix_model::ServiceId, ImageSeen> {
         let copies: Vec<&ImageSeen> =
             vma.machines.values().filter_map(|m| m.staged(&share.image)?.seen.as_ref()).collect();
         let fetched: Bytes = copies.iter().map(|c| c.fetched).sum();
+        let resumable = copies.iter().any(|c| c.resumable);
         if let Some(best) = copies.into_iter().max_by_key(|c| c.present) {
-            images.insert(service.clone(), ImageSeen { fetched, ..best.clone() });
+            images.insert(service.clone(), ImageSeen { fetched, resumable, ..best.clone() });
         }
     }
     images

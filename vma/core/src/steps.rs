@@ -43,13 +43,14 @@ pub enum Command {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Step {
-    /// Fetch the image; done when begun, for it may take minutes: progress is seen.
+    /// Fetch the image, what a guest needs first first; done when begun, for it may take minutes: progress is seen.
     Stage { service: ServiceId, image: String },
     /// Remove a staged image.
     DropImage { image: String },
     /// Build the cell: namespace, bridge, rules and, where there are back ends, tunnel.
     Prepare(CellSpec),
-    /// Resume the VM in its cell, reseed it, step its clock, wait until it is healthy, let traffic in.
+    /// Resume the VM in its cell as soon as what it needs first is here, reseed it, step its clock, wait until it
+    /// is healthy, let traffic in. The rest of its image comes while it runs.
     Resume { instance: InstanceId },
     /// Let no traffic in and put the VM back to sleep; a replica's writes are thrown away.
     Suspend { instance: InstanceId },
@@ -85,7 +86,7 @@ impl Step {
 #[serde(deny_unknown_fields)]
 pub struct CellSpec {
     pub instance: InstanceId,
-    /// Name of the staged image.
+    /// Name of the image.
     pub image: String,
     /// TCP ports let in.
     pub ports: Vec<u16>,
@@ -184,7 +185,7 @@ pub struct StagedSeen {
     pub seen: Option<ImageSeen>,
     /// Whether it is being fetched now.
     pub fetching: bool,
-    /// Why fetching stopped, if it did.
+    /// Why nothing of it comes; None as soon as something does.
     #[serde(default)]
     pub trouble: Option<Fault>,
 }

@@ -1,5 +1,8 @@
 //! Which cells stay and what is missing: assignment + what is seen ─▶ cells to keep, cells to
 //! prepare, images to stage, wishes refused.
+//!
+//! A cell does not wait for its image: the machine resumes the guest as soon as it has what a guest needs first,
+//! and the rest comes while the guest runs.
 
 use crate::Vma;
 use crate::machine::Machine;
@@ -23,7 +26,7 @@ pub fn choose(vma: &Vma) -> Chosen {
     let mut chosen = Chosen::default();
     let mut taken = taken(vma);
     for (service, share) in vma.assignment.iter().flat_map(|a| &a.services) {
-        let kept = keep(vma, service, share);
+        let kept = keep(vma, &taken, service, share);
         let missing = (share.instances as usize).saturating_sub(kept.len());
         chosen.keep.extend(kept);
         for instance in free_names(vma, service, &chosen.keep).take(missing) {
@@ -32,13 +35,16 @@ pub fn choose(vma: &Vma) -> Chosen {
                 continue;
             }
             match place(vma, &taken, share) {
-                Ok((machine, Held::Whole)) => {
+                Ok(picked) => {
+                    let machine = picked.machine;
                     take(&mut taken, &machine, share.memory_mib);
-                    chosen.prepare.push((machine, spec(instance, share)));
-                }
-                Ok((machine, _)) => {
-                    take(&mut taken, &machine, share.memory_mib);
-                    want_staged(vma, &mut chosen, machine, service, share);
+                    if picked.held != Held::Whole {
+                        want_staged(vma, &mut chosen, machine.clone(), service, share);
+                    }
+                    // What will not be taken there must be taken once more before anything is built for it.
+                    if !picked.refuses {
+                        chosen.prepare.push((machine, spec(instance, share)));
+                    }
                 }
                 // What does not fit now does not fit once more either, however many are wanted.
                 Err(why) => {
@@ -58,14 +64,15 @@ pub fn choose(vma: &Vma) -> Chosen {
         if share.instances == 0 && !vma.heard().any(|(_, m)| m.holds(&share.image)) {
             let dormant = ServiceShare { memory_mib: 0, ..share.clone() };
             match place(vma, &taken, &dormant) {
-                Ok((machine, _)) => want_staged(vma, &mut chosen, machine, service, share),
+                Ok(picked) => want_staged(vma, &mut chosen, picked.machine, service, share),
                 Err(why) => {
                     chosen.refused.insert(service.clone(), why);
                 }
             }
         }
         let nowhere = !vma.heard().any(|(_, m)| m.holds(&share.image));
-        if let Some((machine, fault)) = vma.stage_trouble(&share.image).filter(|_| nowhere) {
+        let granted = share.instances > 0 && healthy(vma, &chosen.keep, service) >= share.instances as usize;
+        if let Some((machine, fault)) = vma.stage_trouble(&share.image).filter(|_| nowhere && !granted) {
             chosen.refused.entry(service.clone()).or_insert_with(|| format!("{machine}: {fault}"));
         }
     }
@@ -92,11 +99,22 @@ fn want_staged(vma: &Vma, chosen: &mut Chosen, machine: MachineId, service: &Ser
     }
 }
 
+fn healthy(vma: &Vma, keep: &BTreeSet<(MachineId, InstanceId)>, service: &ServiceId) -> usize {
+    let kept = |m: &MachineId, c: &CellSeen| keep.contains(&(m.clone(), c.instance.clone()));
+    vma.all_cells().filter(|(m, c)| c.instance.service == *service && c.life == Life::Healthy && kept(m, c)).count()
+}
+
 /// The cells of `service` that stay: the furthest along first, then those whose machine is heard, then the
 /// lower number, then the lower machine; never two of one name.
-fn keep(vma: &Vma, service: &ServiceId, share: &ServiceShare) -> Vec<(MachineId, InstanceId)> {
+fn keep(
+    vma: &Vma,
+    taken: &BTreeMap<MachineId, u64>,
+    service: &ServiceId,
+    share: &ServiceShare,
+) -> Vec<(MachineId, InstanceId)> {
+    let stays = |m: &MachineId, c: &CellSeen| !has_to_move(vma, taken, m, c, share);
     let mut cells: Vec<(&MachineId, &CellSeen)> =
-        vma.all_cells().filter(|(_, c)| c.instance.service == *service).collect();
+        vma.all_cells().filter(|(m, c)| c.instance.service == *service && stays(m, c)).collect();
     let silent = |m: &MachineId| vma.machines.get(m).is_some_and(Machine::is_silent);
     cells.sort_by_key(|(m, c)| (rank(c.life), silent(m), c.instance.number, (*m).clone()));
     let mut names = BTreeSet::new();
@@ -106,6 +124,29 @@ fn keep(vma: &Vma, service: &ServiceId, share: &ServiceShare) -> Vec<(MachineId,
         .take(share.instances as usize)
         .map(|(m, c)| (m.clone(), c.instance.clone()))
         .collect()
+}
+
+/// Whether nothing serves in a cell and nothing will: its machine refuses the image for good, or cannot get it
+/// while another one can. A guest whose memory stopped coming was ended, and is resumed where it comes.
+fn has_to_move(
+    vma: &Vma,
+    taken: &BTreeMap<MachineId, u64>,
+    machine: &MachineId,
+    cell: &CellSeen,
+    share: &ServiceShare,
+) -> bool {
+    let idle = matches!(cell.life, Life::Building | Life::Ready | Life::Lost);
+    let Some(here) = vma.machines.get(machine).filter(|m| idle && !m.is_silent()) else { return false };
+    if refuses(vma, machine, &share.image) && !here.holds(&share.image) {
+        return true;
+    }
+    let better = |c: &Candidate| c.machine != *machine && c.free_mib >= share.memory_mib && !c.barren && !c.refuses;
+    is_barren(here, &share.image) && candidates(vma, taken, share).iter().any(better)
+}
+
+/// Whether a machine does not get what it still lacks of an image.
+fn is_barren(machine: &Machine, image: &str) -> bool {
+    !machine.holds(image) && machine.staged(image).is_some_and(|s| s.trouble.is_some())
 }
 
 fn rank(life: Life) -> u8 {
@@ -162,31 +203,37 @@ fn ordered(vma: &Vma, instance: &InstanceId) -> Option<MachineId> {
     vma.cells.iter().find(|((_, i), e)| i == instance && sent(e)).map(|((machine, _), _)| machine.clone())
 }
 
-fn place(vma: &Vma, taken: &BTreeMap<MachineId, u64>, share: &ServiceShare) -> Result<(MachineId, Held), String> {
-    let candidates: Vec<Candidate> = vma
-        .heard()
+fn place(vma: &Vma, taken: &BTreeMap<MachineId, u64>, share: &ServiceShare) -> Result<Candidate, String> {
+    pick(&candidates(vma, taken, share), share.memory_mib).cloned()
+}
+
+fn candidates(vma: &Vma, taken: &BTreeMap<MachineId, u64>, share: &ServiceShare) -> Vec<Candidate> {
+    vma.heard()
         .filter(|(_, m)| m.has.is_some())
         .map(|(id, m)| Candidate {
             machine: id.clone(),
             free_mib: m.seen.memory_mib.saturating_sub(taken.get(id).copied().unwrap_or(0)),
             held: held(m, &share.image),
             refuses: refuses(vma, id, &share.image),
+            barren: is_barren(m, &share.image),
         })
-        .collect();
-    let picked = pick(&candidates, share.memory_mib)?;
-    Ok((picked.machine.clone(), picked.held))
+        .collect()
 }
 
 fn held(machine: &Machine, image: &str) -> Held {
     match machine.staged(image) {
         Some(s) if s.seen.as_ref().is_some_and(|s| s.complete()) => Held::Whole,
+        Some(s) if s.seen.as_ref().is_some_and(|s| s.resumable) => Held::Critical,
         Some(s) if s.fetching || s.seen.is_some() => Held::Part,
         _ => Held::Nothing,
     }
 }
 
-/// Why a machine will not take an image, if it said so for good.
-fn refuses(vma: &Vma, machine: &MachineId, image: &str) -> bool {
+/// Whether a machine said for good that it will not take an image.
+pub fn refuses(vma: &Vma, machine: &MachineId, image: &str) -> bool {
     let effort = vma.stages.get(&(machine.clone(), image.to_owned()));
-    effort.and_then(|e| e.trouble.as_ref()).is_some_and(|f| f.lasting)
+    let staged = vma.machines.get(machine).and_then(|m| m.staged(image));
+    // What was wrong is mended if the image comes after all.
+    let comes = staged.is_some_and(|s| s.trouble.is_none() && s.seen.as_ref().is_some_and(|s| s.resumable));
+    !comes && effort.and_then(|e| e.trouble.as_ref()).is_some_and(|f| f.lasting)
 }

@@ -1,8 +1,6 @@
-//! What only the kernel can do: random pool, clock, memory, ended processes.
+//! What only the kernel can do: random pool, clock, page cache.
 
-use nix::errno::Errno;
 use nix::sys::time::TimeSpec;
-use nix::sys::wait::wait;
 use nix::time::{ClockId, clock_gettime, clock_settime};
 use std::fs::{self, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -48,9 +46,9 @@ pub fn clock() -> Result<u64, String> {
     u64::try_from(Duration::from(now).as_micros()).map_err(|e| e.to_string())
 }
 
-/// Writes what is dirty, gives the page cache back, and moves what is used together. Free memory is then
-/// zeros (the kernel clears what it frees: `init_on_free=1`), which an image does not store and a clone
-/// need not fetch. The host sends a few requests afterwards, so that what they read is there again.
+/// Writes what is dirty, gives the page cache back, and moves what is used together, so that free memory lies
+/// in large blocks: see [`crate::memory`]. The host sends a few requests afterwards, so that what they read is there
+/// again.
 pub fn trim() -> Result<(), String> {
     nix::unistd::sync();
     // 3: page cache, inodes and directory entries.
@@ -58,14 +56,4 @@ pub fn trim() -> Result<(), String> {
     // Not every kernel has it, and it only makes the image smaller.
     let _ = fs::write("/proc/sys/vm/compact_memory", "1");
     Ok(())
-}
-
-/// Reaps ended processes that nobody else waits for: the duty of process 1.
-pub fn reap_for_ever() {
-    loop {
-        if wait() == Err(Errno::ECHILD) {
-            // No child yet, or none left: there is nothing to wait on but time.
-            std::thread::park_timeout(Duration::from_secs(1));
-        }
-    }
 }

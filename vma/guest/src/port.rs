@@ -1,9 +1,11 @@
 //! The virtio-serial port: sleeps until the host speaks, a line at a time.
 
 use crate::order::{LINE_MAX, obey};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,6 +14,8 @@ use std::time::Duration;
 const NAME: &str = "vmatrix.guest";
 /// Looks for the port before giving up; the module that makes it is loaded before this program.
 const LOOKS: u32 = 100;
+/// How long the host may take to read a piece of a long answer.
+const TAKEN_MS: u16 = 10_000;
 
 /// Serves until the port is gone.
 pub fn serve() -> Result<(), String> {
@@ -65,8 +69,18 @@ fn drain(port: &mut File, held: &mut Vec<u8>) -> std::io::Result<()> {
 
 /// An answer nobody waits for is dropped.
 fn answer(port: &mut File, line: &str) {
-    if let Err(e) = port.write_all(line.as_bytes()) {
-        eprintln!("vmatrix-vma-guest: the host does not take answers: {e}");
+    let mut rest = line.as_bytes();
+    while !rest.is_empty() {
+        match port.write(rest) {
+            Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                let mut room = [PollFd::new(port.as_fd(), PollFlags::POLLOUT)];
+                if let Ok(0) | Err(_) = poll(&mut room, TAKEN_MS) {
+                    return eprintln!("vmatrix-vma-guest: the host does not take its answer");
+                }
+            }
+            Err(e) => return eprintln!("vmatrix-vma-guest: the host does not take answers: {e}"),
+        }
     }
 }
 

@@ -2,16 +2,17 @@
 //!
 //! Manifest ─▶ nothing, or the first thing in it that cannot be.
 
-use crate::chunks::CHUNK_MAX;
-use crate::store::{STORED_MAX, is_image_name};
+use crate::chunks::{BLOB_MAX, CHUNK_MAX, STORED_MORE};
+use crate::store::is_image_name;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
-use vmatrix_model::manifest::{FORMAT, GuestSpec, MachineSpec, Manifest, Part, PartKind};
+use vmatrix_model::Bytes;
+use vmatrix_model::manifest::{Blob, FORMAT, GuestSpec, MachineSpec, Manifest, Memory, Part, PartKind};
 
 /// Largest part: the memory of the largest guest.
 const PART_MAX: u64 = 64 << 30;
-/// Most chunks in a part; what `MANIFEST_MAX` has room for.
-const CHUNKS_MAX: usize = 256 << 10;
+/// Most plain bytes of device state: a guest without a display has 0.5 MiB.
+const DEVICE_STATE_MAX: u64 = 16 << 20;
 /// Most processors of a guest.
 const SMP_MAX: u32 = 64;
 /// Least and most guest memory, MiB.
@@ -40,12 +41,33 @@ pub(crate) fn check(m: &Manifest) -> Checked {
         ensure(kinds.insert(part.kind), || format!("part {:?} is there twice", part.kind))?;
         check_part(part)?;
     }
-    for kind in [PartKind::Memory, PartKind::Device, PartKind::Disk, PartKind::Kernel, PartKind::Initrd] {
-        ensure(kinds.contains(&kind), || format!("part {kind:?} is missing"))?;
-    }
-    let memory = m.part(PartKind::Memory).map_or(0, |p| p.size.0);
-    ensure(memory == m.machine.memory_mib << 20, || {
-        format!("its memory part has {memory} bytes, its machine {} MiB", m.machine.memory_mib)
+    ensure(kinds.contains(&PartKind::Disk), || "part Disk is missing".to_owned())?;
+    check_memory(&m.memory)?;
+    let size = m.memory.size.0;
+    ensure(size == m.machine.memory_mib << 20, || {
+        format!("its memory has {size} bytes, its machine {} MiB", m.machine.memory_mib)
+    })?;
+    check_blob("device state", &m.device)?;
+    let device = m.device.plain.0;
+    ensure(device <= DEVICE_STATE_MAX, || format!("device state of {device} bytes is larger than {DEVICE_STATE_MAX}"))
+}
+
+fn check_memory(m: &Memory) -> Checked {
+    check_blob("first table", &m.first)?;
+    check_blob("rest table", &m.rest)?;
+    let pages = m.size.0 / 4096;
+    let set = m.working_set;
+    let counted = [m.zero_pages, m.parent_pages, set.pages].into_iter().all(|n| n <= pages);
+    let possible = |stored: Bytes| stored.0 <= m.size.0 + pages * STORED_MORE as u64 && stored <= m.stored;
+    ensure(counted && set.stored <= m.stored && possible(set.stored), || {
+        format!("memory of {pages} pages cannot have what it counts")
+    })
+}
+
+fn check_blob(what: &str, blob: &Blob) -> Checked {
+    let (stored, plain) = (blob.stored.0, blob.plain.0);
+    ensure((1..=(BLOB_MAX + STORED_MORE) as u64).contains(&stored) && plain <= BLOB_MAX as u64, || {
+        format!("{what} of {plain} bytes, {stored} stored, is larger than {BLOB_MAX} or empty")
     })
 }
 
@@ -134,16 +156,12 @@ fn check_part(part: &Part) -> Checked {
     ensure((4096..=CHUNK_MAX as u64).contains(&chunk), || {
         format!("part {kind:?} has chunks of {chunk} bytes, not 4096 to {CHUNK_MAX}")
     })?;
-    ensure(size <= PART_MAX && part.chunks.len() <= CHUNKS_MAX, || {
-        format!("part {kind:?} of {size} bytes is larger than {PART_MAX}")
-    })?;
-    ensure(size.div_ceil(chunk) == part.chunks.len() as u64, || {
-        format!("part {kind:?} of {size} bytes cannot have {} chunks", part.chunks.len())
-    })?;
-    match part.chunks.iter().flatten().find(|c| !(1..=STORED_MAX as u64).contains(&c.stored.0)) {
-        Some(c) => Err(format!("chunk {} of part {kind:?} has {} stored bytes", c.digest, c.stored.0)),
-        None => Ok(()),
-    }
+    ensure(size <= PART_MAX, || format!("part {kind:?} of {size} bytes is larger than {PART_MAX}"))?;
+    check_blob(&format!("table of {kind:?}"), &part.table)?;
+    let longest = size.div_ceil(chunk).saturating_mul(36);
+    ensure(part.table.plain.0 <= longest, || {
+        format!("part {kind:?} of {size} bytes cannot have a table of {} bytes", part.table.plain.0)
+    })
 }
 
 fn ensure(good: bool, otherwise: impl FnOnce() -> String) -> Checked {
@@ -156,7 +174,6 @@ mod tests {
     use crate::chunks::plain_length;
     use crate::machine::tests::manifest;
     use proptest::prelude::*;
-    use vmatrix_model::Bytes;
     use vmatrix_model::manifest::BackendSpec;
 
     fn refuses(word: &str, change: impl FnOnce(&mut Manifest)) {
@@ -169,12 +186,17 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_refused_by_name() {
-        refuses("format 2", |m| m.format = 2);
+        refuses("format 1", |m| m.format = 1);
         refuses("not the name of an image", |m| m.name = "../tiny".into());
-        refuses("missing", |m| m.parts.truncate(2));
+        refuses("missing", |m| m.parts.clear());
         refuses("twice", |m| m.parts.push(m.parts[1].clone()));
         refuses("has chunks of", |m| m.parts[0].chunk = Bytes(1 << 40));
-        refuses("cannot have 1 chunks", |m| m.parts[0].chunks.truncate(1));
+        refuses("cannot have a table", |m| m.parts[0].table.plain = Bytes(1 << 20));
+        refuses("device state", |m| m.device.plain = Bytes(17 << 20));
+        refuses("first table", |m| m.memory.first.stored = Bytes(1 << 40));
+        refuses("rest table", |m| m.memory.rest.stored = Bytes(0));
+        refuses("counts", |m| m.memory.zero_pages = u64::MAX);
+        refuses("counts", |m| m.memory.working_set.stored = Bytes(u64::MAX));
         refuses("health path", |m| m.guest.health.path = "/ HTTP/1.0\r\n".into());
         refuses("health status", |m| m.guest.health.status = 42);
     }
@@ -196,7 +218,7 @@ mod tests {
         refuses("out of range", |m| m.machine.smp = 0);
         refuses("out of range", |m| m.machine.smp = 65);
         refuses("out of range", |m| m.machine.memory_mib = u64::MAX);
-        refuses("memory part", |m| m.machine.memory_mib = 256);
+        refuses("its memory has", |m| m.machine.memory_mib = 256);
     }
 
     #[test]
@@ -262,18 +284,18 @@ mod tests {
     proptest! {
         #[test]
         fn no_size_from_outside_overflows(
-            part in 0usize..5, size in size(), chunk in size(), memory in size(), stored in size(), index: usize,
+            part in 0usize..3, size in size(), chunk in size(), memory in size(), stored in size(), index: usize,
         ) {
             let mut m = manifest();
             m.machine.memory_mib = memory;
+            m.memory.size = Bytes(size);
+            m.memory.stored = Bytes(stored);
             m.parts[part].size = Bytes(size);
             m.parts[part].chunk = Bytes(chunk);
-            m.parts[part].chunks[0] = Some(vmatrix_model::manifest::Chunk {
-                digest: vmatrix_model::Digest::of(b""),
-                stored: Bytes(stored),
-            });
+            m.parts[part].table.stored = Bytes(stored);
+            m.parts[part].stored = Bytes(stored);
             let _ = check(&m);
-            let _ = m.stored();
+            let _ = (m.stored(), m.critical());
             prop_assert!(plain_length(&m.parts[part], index).0 <= chunk);
         }
     }

@@ -1,99 +1,247 @@
-//! A file as chunks: cut, compressed and named by digest; fetched, verified and put back in place.
+//! Bytes as chunks: cut, compressed, sealed and named by digest; fetched, verified and put back in place.
 //!
 //! ```text
-//! file ─cut─▶ Part (a list of digests; a chunk of zeros has none) + chunks in the store
-//! stored bytes ─decode─▶ plain bytes, or a refusal ─PartFile─▶ the file, sparse where it is zero
+//! plain ─close─▶ stored bytes (zstd, sealed where the image is) + Need (what they must turn out to be)
+//! stored bytes ─open─▶ plain, or a refusal
+//! file ─Cutter─▶ chunks in the store + Part, whose table lists them (a chunk of zeros has no entry)
+//! table + chunks ─PartFile─▶ the file, sparse where it is zero
 //! ```
 
 use crate::error::{Error, Result, io};
+use crate::seal::OwnerKey;
 use crate::store::Store;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use vmatrix_model::manifest::{Chunk, Part, PartKind};
+use vmatrix_model::manifest::{Blob, Chunk, Part, PartKind};
 use vmatrix_model::{Bytes, Digest};
 
 /// Chunk of a disk, kernel or seed: few requests, good compression.
 pub const DISK_CHUNK: Bytes = Bytes(256 << 10);
-/// Chunk of guest memory: smaller, for zero pages lie between used ones and a page fault waits for a whole chunk.
-pub const MEMORY_CHUNK: Bytes = Bytes(64 << 10);
-/// Largest chunk that is read.
+/// Largest chunk of a part.
 pub const CHUNK_MAX: usize = 1 << 20;
+/// Largest blob: the table of the largest guest memory has 50 MiB.
+pub const BLOB_MAX: usize = 64 << 20;
+/// What zstd and a seal may add to bytes that do not compress.
+pub const STORED_MORE: usize = 64 << 10;
 /// 3 gives most of what 19 does (97.6 against some 90 MiB) at a fiftieth of the time.
 const ZSTD_LEVEL: i32 = 3;
 
-/// Cuts `file` into chunks of `chunk` bytes and puts them into the store.
+/// What a stored chunk must turn out to be; from a signed manifest, or a table it names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Need {
+    /// Of the plain bytes; keyed by the owner's key where sealed, so that it tells nothing about them.
+    pub digest: Digest,
+    /// Bytes as stored.
+    pub stored: u64,
+    /// Bytes when opened.
+    pub plain: u64,
+    pub sealed: bool,
+}
+
+impl Need {
+    /// A blob that the manifest names.
+    pub fn blob(blob: &Blob, sealed: bool) -> Need {
+        Need { digest: blob.digest, stored: blob.stored.0, plain: blob.plain.0, sealed }
+    }
+
+    /// Chunk `index` of a part.
+    pub fn part(part: &Part, index: usize, chunk: &Chunk) -> Need {
+        Need { digest: chunk.digest, stored: chunk.stored.0, plain: plain_length(part, index).0, sealed: false }
+    }
+}
+
+/// Stored bytes ─▶ plain bytes, of which exactly as many as needed with the right digest must come.
 ///
 /// # Errors
-/// The file cannot be read or the store is full.
-pub fn cut(file: &Path, kind: PartKind, chunk: Bytes, store: &Store) -> Result<Part> {
-    cut_noting(file, kind, chunk, store, &mut Vec::new())
-}
-
-/// As [`cut`]; `new` gets the chunks that the store did not have, also if it ends in an error.
-pub(crate) fn cut_noting(
-    file: &Path,
-    kind: PartKind,
-    chunk: Bytes,
-    store: &Store,
-    new: &mut Vec<Digest>,
-) -> Result<Part> {
-    let source = File::open(file).map_err(io("open", file))?;
-    let size = source.metadata().map_err(io("look at", file))?.len();
-    let mut plain = vec![0; usize::try_from(chunk.0).unwrap_or(CHUNK_MAX).min(CHUNK_MAX)];
-    let mut chunks = Vec::new();
-    let mut offset = 0;
-    while offset < size {
-        let length = (size - offset).min(plain.len() as u64);
-        let here = plain.get_mut(..length as usize).unwrap_or_default();
-        source.read_exact_at(here, offset).map_err(io("read", file))?;
-        chunks.push(put(here, store, new)?);
-        offset += length;
+/// [`Error::BadChunk`]: wrong length before or after, another seal, not zstd, or another digest. Never allocates
+/// more than `need` declares, whatever the chunk claims to hold.
+pub fn open(stored: &[u8], need: &Need, key: Option<&OwnerKey>) -> Result<Vec<u8>> {
+    let bad = |problem: String| Error::BadChunk { digest: need.digest, problem };
+    if stored.len() as u64 != need.stored {
+        return Err(bad(format!("{} bytes are stored, the manifest says {}", stored.len(), need.stored)));
     }
-    Ok(Part { kind, size: Bytes(size), chunk, chunks })
-}
-
-fn put(plain: &[u8], store: &Store, new: &mut Vec<Digest>) -> Result<Option<Chunk>> {
-    if is_zero(plain) {
-        return Ok(None);
-    }
-    let digest = Digest::of(plain);
-    if let Some(stored) = store.stored(&digest) {
-        return Ok(Some(Chunk { digest, stored: Bytes(stored) }));
-    }
-    let stored = zstd::bulk::compress(plain, ZSTD_LEVEL)
-        .map_err(|e| Error::BadChunk { digest, problem: format!("cannot be compressed: {e}") })?;
-    store.put_chunk(&digest, &stored)?;
-    new.push(digest);
-    Ok(Some(Chunk { digest, stored: Bytes(stored.len() as u64) }))
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|b| *b == 0)
-}
-
-/// Unpacks a stored chunk, of which exactly `plain` bytes with the right digest must come.
-///
-/// # Errors
-/// [`Error::BadChunk`]: wrong length before or after, not zstd, or another digest. Never allocates
-/// more than `plain` bytes, whatever the chunk claims to hold.
-pub fn decode(stored: &[u8], chunk: &Chunk, plain: Bytes) -> Result<Vec<u8>> {
-    let bad = |problem: String| Error::BadChunk { digest: chunk.digest, problem };
-    if stored.len() as u64 != chunk.stored.0 {
-        return Err(bad(format!("{} bytes are stored, the manifest says {}", stored.len(), chunk.stored.0)));
-    }
-    let length = usize::try_from(plain.0).ok().filter(|l| *l <= CHUNK_MAX);
-    let length = length.ok_or_else(|| bad(format!("{plain} are more than a chunk may hold")))?;
-    let bytes = zstd::bulk::decompress(stored, length).map_err(|e| bad(format!("cannot be unpacked: {e}")))?;
+    let length = usize::try_from(need.plain).ok().filter(|l| *l <= BLOB_MAX);
+    let length = length.ok_or_else(|| bad(format!("{} bytes are more than a chunk may hold", need.plain)))?;
+    let key = match (need.sealed, key) {
+        (false, _) => None,
+        (true, Some(key)) => Some(key),
+        (true, None) => return Err(bad("it is sealed, and its owner's key is not here".to_owned())),
+    };
+    let opened;
+    let packed = match key {
+        Some(key) => {
+            opened = key.open(&need.digest, stored)?;
+            opened.as_slice()
+        }
+        None => stored,
+    };
+    let bytes = zstd::bulk::decompress(packed, length).map_err(|e| bad(format!("cannot be unpacked: {e}")))?;
     if bytes.len() != length {
         return Err(bad(format!("holds {} bytes, not {length}", bytes.len())));
     }
-    if Digest::of(&bytes) != chunk.digest {
+    if name(&bytes, key) != need.digest {
         return Err(bad("its bytes have another digest".to_owned()));
     }
     Ok(bytes)
+}
+
+/// Plain bytes ─▶ what is stored of them, and what that must open to.
+///
+/// # Errors
+/// zstd or the seal refuses, which neither does for bytes of a chunk's length.
+pub fn close(plain: &[u8], key: Option<&OwnerKey>) -> Result<(Need, Vec<u8>)> {
+    let digest = name(plain, key);
+    let packed = zstd::bulk::compress(plain, ZSTD_LEVEL)
+        .map_err(|e| Error::BadChunk { digest, problem: format!("cannot be compressed: {e}") })?;
+    let stored = match key {
+        Some(key) => key.seal(&digest, &packed)?,
+        None => packed,
+    };
+    let need = Need { digest, stored: stored.len() as u64, plain: plain.len() as u64, sealed: key.is_some() };
+    Ok((need, stored))
+}
+
+fn name(plain: &[u8], key: Option<&OwnerKey>) -> Digest {
+    key.map_or_else(|| Digest::of(plain), |key| key.digest(plain))
+}
+
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|b| *b == 0)
+}
+
+/// Cuts what an image is made of and puts it into a store. Remembers what the store did not have before, so
+/// that a build that fails can take it out again.
+pub struct Cutter<'a> {
+    store: &'a Store,
+    key: Option<&'a OwnerKey>,
+    new: Mutex<Vec<Digest>>,
+}
+
+impl<'a> Cutter<'a> {
+    /// One that seals memory and device state with `key`, if there is one.
+    pub fn new(store: &'a Store, key: Option<&'a OwnerKey>) -> Cutter<'a> {
+        Cutter { store, key, new: Mutex::default() }
+    }
+
+    /// Takes out of the store what was put into it.
+    pub fn undo(self) {
+        let new = self.new.into_inner().unwrap_or_else(PoisonError::into_inner);
+        new.iter().for_each(|digest| self.store.remove_chunk(digest));
+    }
+
+    /// Puts bytes as one chunk; `sealed` where they are the guest's secrets and there is a key.
+    ///
+    /// # Errors
+    /// The store is full or cannot be written.
+    pub fn put(&self, plain: &[u8], sealed: bool) -> Result<Need> {
+        let key = self.key.filter(|_| sealed);
+        let digest = name(plain, key);
+        // Kept young: what was about to be collected is needed again.
+        if let Some(stored) = self.store.keep(&digest) {
+            return Ok(Need { digest, stored, plain: plain.len() as u64, sealed: key.is_some() });
+        }
+        let (need, stored) = close(plain, key)?;
+        self.store.put_chunk(&digest, &stored)?;
+        self.new.lock().unwrap_or_else(PoisonError::into_inner).push(digest);
+        Ok(need)
+    }
+
+    /// Puts bytes as a blob that the manifest names.
+    ///
+    /// # Errors
+    /// They are more than [`BLOB_MAX`], or the store is full.
+    pub fn blob(&self, plain: &[u8], sealed: bool) -> Result<Blob> {
+        if plain.len() > BLOB_MAX {
+            let problem = format!("{} bytes are more than the {BLOB_MAX} a blob may hold", plain.len());
+            return Err(Error::BadChunk { digest: Digest::of(b""), problem });
+        }
+        let need = self.put(plain, sealed)?;
+        Ok(Blob { digest: need.digest, stored: Bytes(need.stored), plain: Bytes(need.plain) })
+    }
+
+    /// Cuts `file` into chunks of `chunk` bytes.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the store is full.
+    pub fn part(&self, file: &Path, kind: PartKind, chunk: Bytes) -> Result<Part> {
+        let source = File::open(file).map_err(io("open", file))?;
+        let size = source.metadata().map_err(io("look at", file))?.len();
+        let mut plain = vec![0; usize::try_from(chunk.0).unwrap_or(CHUNK_MAX).min(CHUNK_MAX)];
+        let mut chunks = Vec::new();
+        let mut offset = 0;
+        while offset < size {
+            let length = (size - offset).min(plain.len() as u64);
+            let here = plain.get_mut(..length as usize).unwrap_or_default();
+            source.read_exact_at(here, offset).map_err(io("read", file))?;
+            chunks.push(if is_zero(here) {
+                None
+            } else {
+                let need = self.put(here, false)?;
+                Some(Chunk { digest: need.digest, stored: Bytes(need.stored) })
+            });
+            offset += length;
+        }
+        let table = self.blob(&encode_table(&chunks), false)?;
+        Ok(Part { kind, size: Bytes(size), chunk, table, stored: stored(&chunks) })
+    }
+}
+
+/// Stored bytes of a list, each chunk counted once.
+fn stored(chunks: &[Option<Chunk>]) -> Bytes {
+    let unique: BTreeMap<Digest, Bytes> = chunks.iter().flatten().map(|c| (c.digest, c.stored)).collect();
+    unique.into_values().sum()
+}
+
+/// The table of a part: for each chunk its stored bytes, 4 bytes little endian, 0 for zeros; then its digest.
+fn encode_table(chunks: &[Option<Chunk>]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(chunks.len() * 36);
+    for chunk in chunks {
+        let stored = chunk.map_or(0, |c| u32::try_from(c.stored.0).unwrap_or(u32::MAX));
+        bytes.extend(stored.to_le_bytes());
+        bytes.extend(chunk.iter().flat_map(|c| c.digest.0));
+    }
+    bytes
+}
+
+/// Reads a part's table.
+///
+/// # Errors
+/// [`Error::BadTable`]: it ends too early or too late, or a chunk has more bytes than any may have.
+pub fn decode_table(part: &Part, plain: &[u8]) -> Result<Vec<Option<Chunk>>> {
+    let bad = |problem: String| Error::BadTable { what: format!("{:?}", part.kind), problem };
+    let count = part.size.0.div_ceil(part.chunk.0.max(1));
+    let mut rest = plain;
+    let mut chunks = Vec::new();
+    for index in 0..count {
+        let (stored, after) =
+            rest.split_first_chunk::<4>().ok_or_else(|| bad(format!("it ends at chunk {index} of {count}")))?;
+        let stored = u32::from_le_bytes(*stored);
+        rest = after;
+        if stored == 0 {
+            chunks.push(None);
+            continue;
+        }
+        let (digest, after) =
+            rest.split_first_chunk::<32>().ok_or_else(|| bad(format!("it ends at chunk {index} of {count}")))?;
+        rest = after;
+        if stored as usize > CHUNK_MAX + STORED_MORE {
+            return Err(bad(format!("chunk {index} has {stored} stored bytes")));
+        }
+        chunks.push(Some(Chunk { digest: Digest(*digest), stored: Bytes(stored.into()) }));
+    }
+    if rest.is_empty() { Ok(chunks) } else { Err(bad(format!("{} bytes follow its last chunk", rest.len()))) }
+}
+
+/// Reads a part's table from a store.
+///
+/// # Errors
+/// As [`open`] and [`decode_table`].
+pub fn table(part: &Part, store: &Store) -> Result<Vec<Option<Chunk>>> {
+    let need = Need::blob(&part.table, false);
+    decode_table(part, &open(&store.chunk(&need.digest)?, &need, None)?)
 }
 
 /// Where chunk `index` of a part begins in its file.
@@ -114,15 +262,16 @@ pub struct PartFile {
     path: PathBuf,
     file: File,
     part: Part,
+    chunks: Vec<Option<Chunk>>,
     missing: Mutex<BTreeSet<usize>>,
 }
 
 impl PartFile {
-    /// Opens or makes the file, for its owner only, and finds out which chunks it already holds.
+    /// Opens or makes the file, for its owner only, and finds out which of its `chunks` it already holds.
     ///
     /// # Errors
     /// The file cannot be made or read.
-    pub fn create(path: &Path, part: &Part) -> Result<PartFile> {
+    pub fn create(path: &Path, part: &Part, chunks: Vec<Option<Chunk>>) -> Result<PartFile> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -141,7 +290,7 @@ impl PartFile {
         }
         let mut missing = BTreeSet::new();
         let mut held = vec![0; usize::try_from(part.chunk.0).unwrap_or(CHUNK_MAX).min(CHUNK_MAX)];
-        for (index, chunk) in part.chunks.iter().enumerate() {
+        for (index, chunk) in chunks.iter().enumerate() {
             let length = plain_length(part, index).0 as usize;
             let offset = offset(part, index);
             let here = held.get_mut(..length).unwrap_or_default();
@@ -159,12 +308,12 @@ impl PartFile {
                 _ => {}
             }
         }
-        Ok(PartFile { path: path.to_owned(), file, part: part.clone(), missing: Mutex::new(missing) })
+        Ok(PartFile { path: path.to_owned(), file, part: part.clone(), chunks, missing: Mutex::new(missing) })
     }
 
     /// The chunks still to come, by index, in order.
     pub fn missing(&self) -> Vec<(usize, Chunk)> {
-        self.lock().iter().filter_map(|i| Some((*i, (*self.part.chunks.get(*i)?)?))).collect()
+        self.lock().iter().filter_map(|i| Some((*i, (*self.chunks.get(*i)?)?))).collect()
     }
 
     /// Verifies a stored chunk and writes it where it belongs. May be called from several threads.
@@ -172,8 +321,8 @@ impl PartFile {
     /// # Errors
     /// [`Error::BadChunk`] if it is not what the manifest says, [`Error::DiskFull`].
     pub fn put(&self, index: usize, stored: &[u8]) -> Result<()> {
-        let Some(Some(chunk)) = self.part.chunks.get(index) else { return Ok(()) };
-        let plain = decode(stored, chunk, plain_length(&self.part, index))?;
+        let Some(Some(chunk)) = self.chunks.get(index) else { return Ok(()) };
+        let plain = open(stored, &Need::part(&self.part, index, chunk), None)?;
         self.file.write_all_at(&plain, offset(&self.part, index)).map_err(io("write", &self.path))?;
         self.lock().remove(&index);
         Ok(())
@@ -186,7 +335,7 @@ impl PartFile {
     pub fn finish(self) -> Result<()> {
         let missing = self.lock().len();
         if missing > 0 {
-            return Err(Error::Incomplete { path: self.path.clone(), missing, total: self.part.chunks.len() });
+            return Err(Error::Incomplete { path: self.path.clone(), missing, total: self.chunks.len() });
         }
         Ok(())
     }
@@ -202,7 +351,7 @@ impl PartFile {
 /// # Errors
 /// A chunk is missing or wrong, or the disk is full.
 pub fn assemble(part: &Part, store: &Store, path: &Path) -> Result<()> {
-    let file = PartFile::create(path, part)?;
+    let file = PartFile::create(path, part, table(part, store)?)?;
     for (index, chunk) in file.missing() {
         file.put(index, &store.chunk(&chunk.digest)?)?;
     }
@@ -210,104 +359,4 @@ pub fn assemble(part: &Part, store: &Store, path: &Path) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn store() -> (tempfile::TempDir, Store) {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path().join("store")).unwrap();
-        (dir, store)
-    }
-
-    /// Three chunks: bytes, zeros, and a short last one.
-    fn sample(dir: &Path) -> (PathBuf, Vec<u8>) {
-        let mut bytes: Vec<u8> = (0..4096u32).map(|i| (i % 251) as u8).collect();
-        bytes.extend([0; 4096]);
-        bytes.extend([7; 100]);
-        let file = dir.join("plain");
-        std::fs::write(&file, &bytes).unwrap();
-        (file, bytes)
-    }
-
-    #[test]
-    fn what_is_cut_comes_back_the_same_and_zeros_are_not_stored() {
-        let (dir, store) = store();
-        let (file, bytes) = sample(dir.path());
-        let part = cut(&file, PartKind::Disk, Bytes(4096), &store).unwrap();
-        assert_eq!(part.chunks.iter().map(Option::is_some).collect::<Vec<_>>(), [true, false, true]);
-        let back = dir.path().join("back");
-        assemble(&part, &store, &back).unwrap();
-        assert_eq!(std::fs::read(&back).unwrap(), bytes);
-    }
-
-    #[test]
-    fn a_staged_part_is_for_its_owner_only_even_one_begun_open_to_all() {
-        let (dir, store) = store();
-        let (file, _) = sample(dir.path());
-        let part = cut(&file, PartKind::Memory, Bytes(4096), &store).unwrap();
-        let (new, old) = (dir.path().join("new"), dir.path().join("old"));
-        std::fs::write(&old, b"begun").unwrap();
-        std::fs::set_permissions(&old, Permissions::from_mode(0o644)).unwrap();
-        for path in [new, old] {
-            assemble(&part, &store, &path).unwrap();
-            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "{}", path.display());
-        }
-    }
-
-    #[test]
-    fn an_interrupted_staging_goes_on_from_what_is_whole() {
-        let (dir, store) = store();
-        let (file, bytes) = sample(dir.path());
-        let part = cut(&file, PartKind::Disk, Bytes(4096), &store).unwrap();
-        let back = dir.path().join("back");
-        let half = PartFile::create(&back, &part).unwrap();
-        let (index, chunk) = half.missing()[0];
-        half.put(index, &store.chunk(&chunk.digest).unwrap()).unwrap();
-        assert!(matches!(half.finish(), Err(Error::Incomplete { missing: 1, total: 3, .. })));
-        let rest = PartFile::create(&back, &part).unwrap();
-        assert_eq!(rest.missing().iter().map(|(i, _)| *i).collect::<Vec<_>>(), [2]);
-        drop(rest);
-        // What a torn write left behind is fetched anew; what should be zeros is made zeros.
-        let mut torn = bytes.clone();
-        torn[17] ^= 1;
-        torn[5000] = 9;
-        std::fs::write(&back, &torn).unwrap();
-        assert_eq!(PartFile::create(&back, &part).unwrap().missing().len(), 1);
-        assemble(&part, &store, &back).unwrap();
-        assert_eq!(std::fs::read(&back).unwrap(), bytes);
-    }
-
-    #[test]
-    fn a_chunk_that_is_not_what_the_manifest_says_is_refused() {
-        let plain = vec![5; 4096];
-        let stored = zstd::bulk::compress(&plain, 3).unwrap();
-        let chunk = Chunk { digest: Digest::of(&plain), stored: Bytes(stored.len() as u64) };
-        assert_eq!(decode(&stored, &chunk, Bytes(4096)).unwrap(), plain);
-        let refused =
-            |stored: &[u8], chunk: Chunk, plain: u64| decode(stored, &chunk, Bytes(plain)).unwrap_err().to_string();
-        let other = Chunk { digest: Digest::of(b"other"), ..chunk };
-        assert!(refused(&stored, other, 4096).contains("another digest"));
-        assert!(refused(&stored[1..], chunk, 4096).contains("bytes are stored"), "truncated");
-        let shorter = Chunk { stored: Bytes(chunk.stored.0 - 1), ..chunk };
-        assert!(refused(&stored[..stored.len() - 1], shorter, 4096).contains("cannot be unpacked"));
-        assert!(refused(&stored, chunk, 8192).contains("holds 4096 bytes"));
-        assert!(refused(&stored, chunk, 1 << 40).contains("more than a chunk may hold"));
-    }
-
-    #[test]
-    fn a_zstd_bomb_never_gets_more_room_than_its_chunk() {
-        let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 3).unwrap();
-        assert!(bomb.len() < 16 << 10, "not much of a bomb");
-        let chunk = Chunk { digest: Digest::of(b""), stored: Bytes(bomb.len() as u64) };
-        assert!(decode(&bomb, &chunk, Bytes(4096)).unwrap_err().to_string().contains("cannot be unpacked"));
-    }
-
-    #[test]
-    fn machine_a_full_disk_is_named() {
-        let full = Path::new("/dev/full");
-        let file = OpenOptions::new().write(true).open(full).unwrap();
-        let error = file.write_all_at(b"x", 0).map_err(io("write", full)).unwrap_err();
-        assert!(matches!(error, Error::DiskFull { .. }), "{error}");
-        assert!(error.to_string().contains("no space left to write /dev/full"));
-    }
-}
+mod tests;

@@ -27,6 +27,29 @@ pub enum Error {
         path.display()
     )]
     NoKey { path: PathBuf },
+    #[error("{address:?} is no store: {problem}")]
+    BadAddress { address: String, problem: String },
+    #[error("cannot {what} {}; see that the bucket is there, and that this machine reaches it and may", place.display())]
+    Bucket {
+        what: &'static str,
+        place: PathBuf,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error("{} is a bucket, and this needs a folder; name one with --store", place.display())]
+    NotAFolder { place: PathBuf },
+    #[error("others are publishing to {} or collecting it all the time; run the same again later", place.display())]
+    Busy { place: PathBuf },
+    #[error(
+        "image {name:?} cannot be read, so nobody knows what it needs; let its staging end, repair it or remove it, then collect again"
+    )]
+    Uncollectable {
+        name: String,
+        #[source]
+        source: Box<Error>,
+    },
+    #[error("{} is no owner's key: {problem}", path.display())]
+    BadKey { path: PathBuf, problem: String },
     #[error("{name:?} is not the name of an image, which is 1 to 30 of a-z, 0-9 and -, beginning with a letter")]
     BadName { name: String },
     #[error("{} is longer than the {max} bytes it may have; fetch or build the image again", path.display())]
@@ -37,6 +60,8 @@ pub enum Error {
     NoChunk { digest: Digest, store: PathBuf },
     #[error("chunk {digest}: {problem}; fetch or build it again")]
     BadChunk { digest: Digest, problem: String },
+    #[error("the table of {what}: {problem}; build the image again with this version")]
+    BadTable { what: String, problem: String },
     #[error("image {name:?}: {problem}; build it again with this version")]
     BadManifest { name: String, problem: String },
     #[error(
@@ -73,11 +98,11 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// How every program says it in English, which is how they are run.
-pub(crate) const DISK_FULL: &str = "No space left on device";
+pub const DISK_FULL: &str = "No space left on device";
 
 impl Error {
     /// A full disk that a program met, as one that was met here.
-    pub(crate) fn or_disk_full(self, what: &'static str, path: &Path) -> Error {
+    pub fn or_disk_full(self, what: &'static str, path: &Path) -> Error {
         match self {
             Error::Tool { said, .. } if said.contains(DISK_FULL) => Error::DiskFull { what, path: path.to_owned() },
             other => other,
@@ -86,7 +111,7 @@ impl Error {
 }
 
 /// Says what was done to which file; a full disk has its own words, for the cure differs.
-pub(crate) fn io<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Error + 'a {
+pub fn io<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Error + 'a {
     move |source| match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::DiskFull { what, path: path.to_owned() },
         _ => Error::Io { what, path: path.to_owned(), source },

@@ -17,11 +17,13 @@ const CLOCK_APART: Duration = Duration::from_millis(20);
 /// A warm exchange takes some 5 ms; more tries than these would only wait on a machine that is too busy.
 const EXCHANGES: u32 = 6;
 /// Compacting memory takes a while.
-const TRIM_LIMIT: Duration = Duration::from_secs(60);
-/// Longest answer.
-const LINE_MAX: u64 = 4096;
+const MEMORY_LIMIT: Duration = Duration::from_secs(60);
+/// Longest answer: a run of pages takes some 20 bytes, and 8 GiB have some 50,000 of them.
+const LINE_MAX: u64 = 8 << 20;
 /// Random bytes given to a guest: as many as its kernel's pool is wide, twice.
 const SEED_BYTES: usize = 64;
+/// Of /etc/machine-id.
+const MACHINE_ID_BYTES: usize = 16;
 
 /// What a guest said when it woke.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,8 +34,9 @@ pub struct Awake {
     pub host_unix_us: u64,
 }
 
-/// Gives a resumed guest fresh random bytes and the time. To be done before it gets traffic: clones of
-/// one image would otherwise draw the same "random" numbers, at the time of the suspend.
+/// Gives a resumed clone fresh random bytes, the time, and an identity of its own: a machine id, and whatever its
+/// image renews (keys, tickets). To be done before it gets traffic: clones of one image would otherwise draw the
+/// same "random" numbers, at the time of the suspend.
 ///
 /// The first exchange finds a cold guest (150 ms under TCG) and leaves its clock behind by as much, so it
 /// is repeated until the clocks are [`CLOCK_APART`] apart at most, or [`EXCHANGES`] were made.
@@ -41,20 +44,35 @@ pub struct Awake {
 /// # Errors
 /// The guest does not answer, or says what failed.
 pub async fn awaken(socket: &Path) -> Result<Awake> {
-    let mut awake = exchange(socket).await?;
+    let first = exchange(socket, Some(random::<MACHINE_ID_BYTES>()?)).await?;
+    settle(socket, first).await
+}
+
+/// As [`awaken`], for a guest that moved and stays who it was.
+///
+/// # Errors
+/// As [`awaken`].
+pub async fn awaken_same(socket: &Path) -> Result<Awake> {
+    let first = exchange(socket, None).await?;
+    settle(socket, first).await
+}
+
+async fn settle(socket: &Path, mut awake: Awake) -> Result<Awake> {
     for _ in 1..EXCHANGES {
         if Duration::from_micros(awake.host_unix_us.abs_diff(awake.clock_unix_us)) <= CLOCK_APART {
             break;
         }
-        awake = exchange(socket).await?;
+        awake = exchange(socket, None).await?;
     }
     Ok(awake)
 }
 
-async fn exchange(socket: &Path) -> Result<Awake> {
-    let mut seed = [0; SEED_BYTES];
-    getrandom::fill(&mut seed).map_err(|e| Error::Guest(format!("this machine has no random bytes: {e}")))?;
-    let line = json!({ "reseed": STANDARD.encode(seed), "clock_unix_us": unix_us() });
+async fn exchange(socket: &Path, machine_id: Option<[u8; MACHINE_ID_BYTES]>) -> Result<Awake> {
+    let seed = STANDARD.encode(random::<SEED_BYTES>()?);
+    let mut line = json!({ "reseed": seed, "clock_unix_us": unix_us() });
+    if let (Some(id), Some(fields)) = (machine_id, line.as_object_mut()) {
+        fields.insert("machine_id".to_owned(), STANDARD.encode(id).into());
+    }
     let answer = ask(socket, &line, AWAKEN_LIMIT).await?;
     let clock_unix_us = answer
         .get("clock_unix_us")
@@ -63,12 +81,52 @@ async fn exchange(socket: &Path) -> Result<Awake> {
     Ok(Awake { clock_unix_us, host_unix_us: unix_us() })
 }
 
-/// Has the guest give free memory and page cache back before it is suspended.
+fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|e| Error::Guest(format!("this machine has no random bytes: {e}")))?;
+    Ok(bytes)
+}
+
+/// Has the guest give its page cache back and move what is used together.
 ///
 /// # Errors
 /// The guest does not answer, or says what failed.
 pub async fn trim(socket: &Path) -> Result<()> {
-    ask(socket, &json!({ "trim": true }), TRIM_LIMIT).await.map(drop)
+    memory(socket, "trim").await.map(drop)
+}
+
+/// Has the guest put its free memory where nobody uses it until [`take_back`], and tell where that is: runs of
+/// pages, each by its first frame's number and their count. What is in them may be made zeros meanwhile.
+///
+/// # Errors
+/// The guest does not answer, or says what failed.
+pub async fn lend(socket: &Path) -> Result<Vec<(u64, u64)>> {
+    runs(memory(socket, "lend").await?)
+}
+
+/// Gives the guest back what it lent.
+///
+/// # Errors
+/// The guest does not answer, or says what failed.
+pub async fn take_back(socket: &Path) -> Result<()> {
+    memory(socket, "take_back").await.map(drop)
+}
+
+/// What each of the guest's pages is in use for, as runs from frame 0 on: `free`, `slab`, `program`, `file`, …
+///
+/// # Errors
+/// The guest does not answer, or says what failed.
+pub async fn kinds(socket: &Path) -> Result<Vec<(String, u64)>> {
+    runs(memory(socket, "kinds").await?)
+}
+
+async fn memory(socket: &Path, what: &str) -> Result<Value> {
+    ask(socket, &json!({ "memory": what }), MEMORY_LIMIT).await
+}
+
+fn runs<T: serde::de::DeserializeOwned>(mut answer: Value) -> Result<T> {
+    let runs = answer.get_mut("runs").map(Value::take).unwrap_or_default();
+    serde_json::from_value(runs).map_err(|e| Error::Guest(format!("answered no runs of pages: {e}")))
 }
 
 async fn ask(socket: &Path, line: &Value, limit: Duration) -> Result<Value> {

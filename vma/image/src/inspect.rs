@@ -1,14 +1,16 @@
 //! What an image is, for people; and whether every byte of it is there and right.
 
-use crate::chunks::{decode, plain_length};
+use crate::chunks::{self, Need};
 use crate::error::{Error, Result};
+use crate::memory;
+use crate::seal::OwnerKey;
 use crate::sign;
 use crate::store::Store;
 use std::collections::BTreeSet;
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use vmatrix_model::manifest::Manifest;
-use vmatrix_model::{Bytes, Digest};
+use vmatrix_model::{Bytes, Digest, KeyId};
 
 /// A manifest that was verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,18 +43,34 @@ pub fn inspect(store: &Path, name: &str, trusted: &[String]) -> Result<Inspected
 pub fn verify(store: &Path, name: &str, trusted: &[String]) -> Result<(Inspected, Bytes)> {
     let inspected = inspect(store, name, trusted)?;
     let store = Store::read(store)?;
-    let mut seen = BTreeSet::new();
-    let mut read = Bytes(0);
-    for part in &inspected.manifest.parts {
-        for (index, chunk) in part.chunks.iter().enumerate() {
-            let Some(chunk) = chunk else { continue };
-            if seen.insert(chunk.digest) {
-                decode(&store.chunk(&chunk.digest)?, chunk, plain_length(part, index))?;
-                read += chunk.stored;
-            }
-        }
+    let m = &inspected.manifest;
+    let key = owner_key(m, &store)?;
+    let mut needs = BTreeSet::from([Need::blob(&m.device, m.seal.is_some())]);
+    needs.extend([&m.memory.first, &m.memory.rest].map(|table| Need::blob(table, false)));
+    needs.extend(memory::map(m, &store)?.packs().iter().map(|p| p.need(m.seal.is_some())));
+    for part in &m.parts {
+        needs.insert(Need::blob(&part.table, false));
+        let chunks = chunks::table(part, &store)?;
+        needs.extend(chunks.iter().enumerate().filter_map(|(i, c)| Some(Need::part(part, i, c.as_ref()?))));
     }
+    for need in &needs {
+        chunks::open(&store.chunk(&need.digest)?, need, key.as_ref())?;
+    }
+    let read = needs.iter().map(|n| Bytes(n.stored)).sum();
     Ok((inspected, read))
+}
+
+/// The key that a sealed image's owner keeps in the store's own folder; none where nothing is sealed.
+///
+/// # Errors
+/// The key is not there, or cannot be read.
+pub fn owner_key(manifest: &Manifest, store: &Store) -> Result<Option<OwnerKey>> {
+    manifest.seal.map(|id| OwnerKey::read(key_path(store.dir(), &id))).transpose()
+}
+
+/// Where the folder of a store keeps an owner's key.
+pub fn key_path(store: &Path, id: &KeyId) -> PathBuf {
+    store.join("keys").join(id.to_string())
 }
 
 impl Inspected {
@@ -79,15 +97,37 @@ impl Inspected {
         }
         let _ = writeln!(text, "measured  boot {} ms, answer {} ms", m.measured.boot_ms, m.measured.answer_ms);
         let _ = writeln!(text, "stored    {}", m.stored());
+        let (memory, set) = (&m.memory, &m.memory.working_set);
+        let _ = writeln!(
+            text,
+            "  memory        {:>10}  stored {:>10}  {} % zero; working set {} pages, {} stored, of {} requests",
+            memory.size.to_string(),
+            memory.stored.to_string(),
+            memory.zero_pages * 100 / m.pages().max(1),
+            set.pages,
+            set.stored,
+            set.requests
+        );
+        let _ = writeln!(
+            text,
+            "  device state  {:>10}  stored {:>10}",
+            m.device.plain.to_string(),
+            m.device.stored.to_string()
+        );
         for part in &m.parts {
-            let stored: Bytes = part.chunks.iter().flatten().map(|c| c.stored).sum();
             let _ = writeln!(
                 text,
                 "  {:<13} {:>10}  stored {:>10}",
-                format!("{:?}", part.kind),
+                format!("{:?}", part.kind).to_lowercase(),
                 part.size.to_string(),
-                stored.to_string()
+                part.stored.to_string()
             );
+        }
+        if let Some(id) = &m.seal {
+            let _ = writeln!(text, "sealed    memory and device state, with key {}", id.0.short());
+        }
+        if !m.guest.reseeds {
+            let _ = writeln!(text, "warning   nothing in this guest takes fresh random bytes: its clones share theirs");
         }
         text
     }
@@ -96,8 +136,10 @@ impl Inspected {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chunks::cut;
+    use crate::chunks::Cutter;
+
     use crate::machine::tests::manifest;
+    use std::fs::File;
     use vmatrix_model::manifest::PartKind;
 
     #[test]
@@ -122,14 +164,25 @@ mod tests {
     fn a_truncated_and_a_missing_chunk_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        let file = dir.path().join("kernel");
-        std::fs::write(&file, b"a kernel, more or less").unwrap();
-        let part = cut(&file, PartKind::Kernel, Bytes(4096), &store).unwrap();
-        let chunk = part.chunks[0].unwrap();
+        let file = dir.path().join("memory");
+        std::fs::write(&file, vec![7; 1 << 20]).unwrap();
+        let cutter = Cutter::new(&store, None);
         let mut m = manifest();
-        m.parts[3] = part;
+        m.memory = memory::cut(&cutter, &file, &[3], 1, None).unwrap();
+        m.machine.memory_mib = 1;
+        let refused = sign::sign(&store, &m).unwrap_err().to_string();
+        assert!(refused.contains("out of range"), "{refused}");
+        File::options().write(true).open(&file).unwrap().set_len(128 << 20).unwrap();
+        m.memory = memory::cut(&cutter, &file, &[3], 1, None).unwrap();
+        m.machine.memory_mib = 128;
+        m.device = cutter.blob(b"device state", true).unwrap();
+        std::fs::write(dir.path().join("kernel"), b"a kernel, more or less").unwrap();
+        m.parts = [PartKind::Kernel, PartKind::Disk]
+            .map(|kind| cutter.part(&dir.path().join("kernel"), kind, Bytes(4096)).unwrap())
+            .to_vec();
         store.put_image("tiny", &sign::sign(&store, &m).unwrap()).unwrap();
-        assert_eq!(verify(dir.path(), "tiny", &[]).unwrap().1, chunk.stored);
+        let chunk = chunks::table(&m.parts[0], &store).unwrap()[0].unwrap();
+        assert!(verify(dir.path(), "tiny", &[]).unwrap().1 > chunk.stored);
 
         let hex = chunk.digest.to_string();
         let path = dir.path().join("chunks").join(&hex[..2]).join(&hex);

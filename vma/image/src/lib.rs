@@ -1,24 +1,23 @@
-//! The suspended VM: built from a recipe, signed, cut into chunks, verified, resumed.
+//! The suspended VM: cut into chunks, sealed, signed, kept; verified, put together, resumed.
 //!
 //! ```text
-//! recipe ─build─▶ root fs, kernel ─boot, warm, suspend─▶ parts ─chunks─▶ Store ─sign─▶ SignedManifest
-//! SignedManifest ─sign::verify─▶ Manifest ─chunks::PartFile─▶ Files ─machine─▶ argv ─qmp, guest─▶ running
+//! files, memory ─chunks, memory─▶ Store ─sign─▶ SignedManifest
+//! SignedManifest ─sign::verify─▶ Manifest ─tables─▶ chunks ─▶ files, pages ─machine─▶ argv ─qmp, guest─▶ running
 //! ```
 
 pub mod accel;
 mod bounds;
-pub mod build;
 pub mod chunks;
-mod cpio;
 pub mod error;
+pub mod gc;
 pub mod guest;
 pub mod health;
 pub mod inspect;
 pub mod machine;
+pub mod memory;
 pub mod netns;
-pub mod postgres;
 pub mod qmp;
-pub mod recipe;
+pub mod seal;
 pub mod sign;
 pub mod store;
 

@@ -20,6 +20,10 @@ pub const MACHINE_TYPE: &str = "pc-q35-10.0";
 pub const NETDEV: &str = "tap";
 /// Whom a clone runs as: a user that owns nothing. It has a place in every Linux's list of users.
 pub const CLONE_USER: &str = "nobody";
+/// Seconds that a guest's read of its disk waits for an NBD server that is away, before it fails.
+pub const DISK_AWAY: u32 = 30;
+/// The gateway's MAC in every cell, the builder's too: a guest remembers it over a suspend.
+pub const BRIDGE_MAC: &str = "52:54:00:76:6d:fe";
 /// Name of the guest agent's port inside the guest.
 pub const AGENT_PORT: &str = "vmatrix.guest";
 
@@ -40,6 +44,28 @@ pub fn devices(mac: &str) -> Vec<String> {
     ]
 }
 
+/// The devices of every guest that was imported as a disk, in order: it boots by itself, and at its first boot reads
+/// from a second disk what it is to become.
+pub fn imported_devices(mac: &str) -> Vec<String> {
+    let mut devices = devices(mac);
+    if let Some(disk) = devices.first_mut() {
+        disk.push_str(",bootindex=0");
+    }
+    devices.push(SEED.to_owned());
+    devices
+}
+
+const SEED: &str = "virtio-blk-pci,drive=seed0,id=blk1";
+/// Bytes of every seed, so that what stands in its place when the guest is resumed has as many.
+pub const SEED_SIZE: u64 = 64 << 20;
+
+/// Whether a machine is one of a guest that was imported as a disk. It writes its root disk, into an overlay that
+/// goes with the process: for replicas that is right; a singleton's next snapshot would have another disk than its
+/// memory knows, so it must not be one.
+pub fn is_imported(m: &MachineSpec) -> bool {
+    m.devices.last().is_some_and(|device| device == SEED)
+}
+
 /// An image's parts as files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Files {
@@ -51,6 +77,11 @@ pub struct Files {
 }
 
 impl Files {
+    /// What an imported guest reads at its first boot, and only then: beside its disk.
+    pub fn seed(&self) -> PathBuf {
+        self.disk.with_file_name("seed")
+    }
+
     /// The files of an image that is laid out in `dir`.
     pub fn within(dir: &Path) -> Files {
         let file = |name: &str| dir.join(name);
@@ -87,6 +118,8 @@ pub enum Start {
     Boot,
     /// Waits for `load_state`; memory is copy-on-write (`share=off`), so many clones share one file.
     Clone,
+    /// Waits for `load_state`; memory is written to its file (`share=on`), so it can be suspended again.
+    Shared,
 }
 
 /// QEMU's arguments, without the program.
@@ -94,19 +127,21 @@ pub fn arguments(manifest: &Manifest, files: &Files, run: &Run) -> Vec<String> {
     machine_arguments(&manifest.machine, files, run)
 }
 
-pub(crate) fn machine_arguments(m: &MachineSpec, files: &Files, run: &Run) -> Vec<String> {
+pub fn machine_arguments(m: &MachineSpec, files: &Files, run: &Run) -> Vec<String> {
     let memory = match run.start {
-        Start::Boot => "share=on".to_owned(),
+        Start::Boot | Start::Shared => "share=on".to_owned(),
         // Read-only and private: no fault of a clone reaches the file that the others run from.
         Start::Clone => "share=off,readonly=on,rom=off".to_owned(),
     };
     // A clone runs code of somebody else: it opens what it is told to, then becomes nobody, without a
     // capability and (as every sandboxed process) unable to gain one. The sandbox that also denies the system
     // calls for changing users would deny that very step. A build runs its recipe's shell lines as root
-    // anyway, and the kernel ends its guest with the builder only while their user stays the same.
-    let sandbox = match run.start {
-        Start::Boot => "on,obsolete=deny,elevateprivileges=deny,spawn=deny",
-        Start::Clone => "on,obsolete=deny,spawn=deny",
+    // anyway, and the kernel ends its guest with the builder only while their user stays the same. An imported
+    // guest is code of somebody else from its first boot on.
+    let is_foreign = run.start != Start::Boot || is_imported(m);
+    let sandbox = match is_foreign {
+        false => "on,obsolete=deny,elevateprivileges=deny,spawn=deny",
+        true => "on,obsolete=deny,spawn=deny",
     };
     let accelerator = if m.accelerator == "tcg" { "tcg,thread=multi" } else { &m.accelerator };
     let mut argv: Vec<String> = [
@@ -120,14 +155,9 @@ pub(crate) fn machine_arguments(m: &MachineSpec, files: &Files, run: &Run) -> Ve
             format!("memory-backend-file,id=ram0,size={}M,mem-path={},{memory}", m.memory_mib, path(&files.memory)),
         ),
         ("-machine", format!("{},memory-backend=ram0", m.machine_type)),
-        ("-kernel", files.kernel.display().to_string()),
-        ("-initrd", files.initrd.display().to_string()),
-        ("-append", m.append.clone()),
         (
             "-drive",
-            // Replicas never write their disk: an overlay in guest memory takes the writes, and every clone
-            // shares this file. The flag is part of the state: another one does not load.
-            format!("file={},if=none,id=disk0,format=raw,readonly=on,file.locking=off", path(&files.disk)),
+            format!("file={},if=none,id=disk0,format=raw,{},file.locking=off", path(&files.disk), writes(m, run.start)),
         ),
         ("-netdev", format!("{},id=net0,fd={}", m.netdev, run.tap_fd)),
         ("-object", "rng-random,id=rng0,filename=/dev/urandom".to_owned()),
@@ -140,12 +170,77 @@ pub(crate) fn machine_arguments(m: &MachineSpec, files: &Files, run: &Run) -> Ve
     .into_iter()
     .flat_map(|(flag, value)| [flag.to_owned(), value])
     .collect();
+    if is_imported(m) {
+        let seed = match run.start {
+            Start::Boot => {
+                let file = path(&files.seed());
+                format!(
+                    "driver=raw,node-name=seed0,read-only=on,file.driver=file,file.locking=off,file.filename={file}"
+                )
+            }
+            // It was read long ago; what stands in its place answers zeros to a guest that looks again.
+            Start::Clone | Start::Shared => {
+                format!("driver=null-co,node-name=seed0,read-only=on,read-zeroes=on,size={SEED_SIZE}")
+            }
+        };
+        argv.extend(["-blockdev".to_owned(), seed]);
+    } else if run.start == Start::Boot {
+        let from = [
+            ("-kernel", files.kernel.display().to_string()),
+            ("-initrd", files.initrd.display().to_string()),
+            ("-append", m.append.clone()),
+        ];
+        argv.extend(from.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
+    }
     for device in &m.devices {
         argv.extend(["-device".to_owned(), device.clone()]);
     }
     argv.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
-    if run.start == Start::Clone {
-        argv.extend(["-run-with", &format!("user={CLONE_USER}"), "-incoming", "defer"].map(str::to_owned));
+    if is_foreign {
+        argv.extend(["-run-with".to_owned(), format!("user={CLONE_USER}")]);
+    }
+    if run.start != Start::Boot {
+        argv.extend(["-incoming", "defer"].map(str::to_owned));
+    }
+    argv
+}
+
+/// What becomes of writes to the root disk. Whether it takes any is part of the state: a guest that was suspended
+/// with the other kind does not load.
+fn writes(m: &MachineSpec, start: Start) -> &'static str {
+    match (is_imported(m), start) {
+        // Replicas never write their disk: an overlay in guest memory takes the writes, and every clone shares
+        // this file.
+        (false, _) => "readonly=on",
+        // Without the second word QEMU would open it again at the suspend, by a name that nobody may read.
+        (true, Start::Boot) => "readonly=off,auto-read-only=off",
+        // QEMU makes an overlay in `TMPDIR` (else /var/tmp) and takes its name away before the guest runs: no
+        // clone leaves one behind, however it ends.
+        (true, Start::Clone | Start::Shared) => "snapshot=on",
+    }
+}
+
+/// As [`machine_arguments`], for a guest whose disk comes as it is read: from export `disk` of the NBD server at
+/// `socket`. While that is away the guest's reads wait, for [`DISK_AWAY`] s at most.
+pub fn lazy_arguments(m: &MachineSpec, memory: &Path, socket: &Path, run: &Run) -> Vec<String> {
+    let files = Files { memory: memory.to_owned(), ..Files::within(Path::new("")) };
+    let mut argv = machine_arguments(m, &files, run);
+    // In the words of one option and of the other; only with the first does QEMU make an overlay.
+    let (option, name, how) = match is_imported(m) {
+        true => ("-drive", "if=none,id=disk0", writes(m, run.start)),
+        false => ("-blockdev", "node-name=disk0", "read-only=on"),
+    };
+    let disk = format!(
+        "driver=nbd,{name},server.type=unix,server.path={},export=disk,{how},reconnect-delay={DISK_AWAY},open-timeout={DISK_AWAY}",
+        path(socket)
+    );
+    if let Some([flag, value]) = argv
+        .iter()
+        .position(|a| a == "-drive")
+        .and_then(|at| argv.get_mut(at..at + 2))
+        .and_then(|two| two.as_mut_array())
+    {
+        (*flag, *value) = (option.to_owned(), disk);
     }
     argv
 }
@@ -205,6 +300,7 @@ pub struct Mismatch {
 /// The first difference, by name.
 pub fn check_host(manifest: &Manifest, host: &Host) -> std::result::Result<(), Mismatch> {
     let m = &manifest.machine;
+    let expected = if is_imported(m) { imported_devices } else { devices };
     let rebuild = "build it again here (`vmatrix image build --again`), or resume it on a machine that has it";
     let compared = [
         ("accelerator", m.accelerator.clone(), host.accelerator.clone(), rebuild),
@@ -218,7 +314,7 @@ pub fn check_host(manifest: &Manifest, host: &Host) -> std::result::Result<(), M
         ("CPU model", m.cpu_model.clone(), cpu_model(&host.accelerator).to_owned(), rebuild),
         ("network back end", m.netdev.clone(), NETDEV.to_owned(), rebuild),
         // Quoted, for a space within one device would make it look like two.
-        ("devices", format!("{:?}", m.devices), format!("{:?}", devices(&manifest.guest.mac)), rebuild),
+        ("devices", format!("{:?}", m.devices), format!("{:?}", expected(&manifest.guest.mac)), rebuild),
     ];
     match compared.into_iter().find(|(_, needs, has, _)| needs != has) {
         Some((what, needs, has, next)) => Err(Mismatch { image: manifest.name.clone(), what, needs, has, next }),
@@ -270,22 +366,27 @@ fn parse_version(text: &str) -> Option<String> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use vmatrix_model::manifest::{FORMAT, GuestSpec, Health, Measured, Part, PartKind};
+    use vmatrix_model::manifest::{Blob, FORMAT, GuestSpec, Health, Measured, Memory, Part, PartKind, WorkingSet};
     use vmatrix_model::{Bytes, Digest};
 
     const MAC: &str = "52:54:00:12:34:56";
 
     pub(crate) fn manifest() -> Manifest {
+        let blob = |plain: u64| Blob { digest: Digest::of(b"blob"), stored: Bytes(1), plain: Bytes(plain) };
         let part = |kind, size: u64| Part {
             kind,
             size: Bytes(size),
             chunk: Bytes(1 << 20),
-            chunks: vec![None; size.div_ceil(1 << 20) as usize],
+            table: blob(4 * size.div_ceil(1 << 20)),
+            stored: Bytes(0),
         };
         Manifest {
             format: FORMAT,
             name: "tiny".to_owned(),
             recipe: Digest::of(b"recipe"),
+            parent: None,
+            epoch: 0,
+            seal: None,
             machine: MachineSpec {
                 qemu_version: "10.0.2".to_owned(),
                 machine_type: MACHINE_TYPE.to_owned(),
@@ -304,14 +405,19 @@ pub(crate) mod tests {
                 ports: vec![80],
                 health: Health { port: 80, path: "/".to_owned(), status: 200 },
                 backends: vec![],
+                reseeds: true,
             },
-            parts: vec![
-                part(PartKind::Memory, 128 << 20),
-                part(PartKind::Device, 400_000),
-                part(PartKind::Disk, 1 << 20),
-                part(PartKind::Kernel, 5),
-                part(PartKind::Initrd, 5),
-            ],
+            memory: Memory {
+                size: Bytes(128 << 20),
+                zero_pages: 32768,
+                parent_pages: 0,
+                first: blob(4),
+                rest: blob(1),
+                working_set: WorkingSet::default(),
+                stored: Bytes(0),
+            },
+            device: blob(400_000),
+            parts: vec![part(PartKind::Disk, 1 << 20), part(PartKind::Kernel, 5), part(PartKind::Initrd, 5)],
             measured: Measured { boot_ms: 1, answer_ms: 1 },
         }
     }
@@ -335,6 +441,76 @@ pub(crate) mod tests {
         assert!(clone.ends_with("-run-with user=nobody -incoming defer"), "{clone}");
         let boot = argv(Start::Boot);
         assert!(boot.contains("mem-path=/i/memory,share=on") && !boot.contains("-incoming"), "{boot}");
+    }
+
+    #[test]
+    fn a_disk_that_comes_as_it_is_read_takes_the_place_of_the_file() {
+        let run = Run {
+            name: "tiny-0".to_owned(),
+            qmp: "/run/q".into(),
+            guest_agent: "/run/a".into(),
+            tap_fd: 0,
+            console: None,
+            start: Start::Clone,
+        };
+        let lazy = lazy_arguments(&manifest().machine, Path::new("/m"), Path::new("/run/n,bd"), &run);
+        let whole = arguments(&manifest(), &Files::within(Path::new("/i")), &run);
+        assert_eq!(lazy.len(), whole.len());
+        let differs: Vec<&String> = lazy.iter().zip(&whole).filter(|(l, w)| l != w).map(|(l, _)| l).collect();
+        assert_eq!(differs.len(), 3, "memory, flag and disk: {differs:?}");
+        assert!(
+            differs[2].contains("server.path=/run/n,,bd,export=disk,read-only=on,reconnect-delay=30"),
+            "{differs:?}"
+        );
+    }
+
+    fn imported(start: Start) -> (MachineSpec, Run) {
+        let mut m = manifest().machine;
+        m.devices = imported_devices(MAC);
+        let run = Run {
+            name: "shop".to_owned(),
+            qmp: "/run/q".into(),
+            guest_agent: "/run/a".into(),
+            tap_fd: 9,
+            console: None,
+            start,
+        };
+        (m, run)
+    }
+
+    #[test]
+    fn an_imported_guest_boots_by_itself_and_writes_its_disk_a_clone_writes_over_it() {
+        let argv = |start| {
+            let (m, run) = imported(start);
+            machine_arguments(&m, &Files::within(Path::new("/i")), &run).join(" ")
+        };
+        let (boot, clone) = (argv(Start::Boot), argv(Start::Clone));
+        assert!(boot.contains("file=/i/disk,if=none,id=disk0,format=raw,readonly=off,auto-read-only=off,"), "{boot}");
+        assert!(boot.contains("node-name=seed0,read-only=on,file.driver=file") && boot.contains("/i/seed"), "{boot}");
+        assert!(clone.contains("file=/i/disk,if=none,id=disk0,format=raw,snapshot=on,"), "{clone}");
+        assert!(clone.contains("driver=null-co,node-name=seed0,read-only=on") && !clone.contains("/i/seed"), "{clone}");
+        let (m, run) = imported(Start::Clone);
+        let lazy = lazy_arguments(&m, Path::new("/m"), Path::new("/s"), &run).join(" ");
+        assert!(lazy.contains("-drive driver=nbd,if=none,id=disk0,server.type=unix,server.path=/s"), "{lazy}");
+        assert!(lazy.contains("snapshot=on") && lazy.contains("null-co"), "{lazy}");
+    }
+
+    #[test]
+    fn an_imported_guest_is_nobody_from_its_first_boot_on_and_brings_its_own_kernel() {
+        for start in [Start::Boot, Start::Clone] {
+            let (m, run) = imported(start);
+            let argv = machine_arguments(&m, &Files::within(Path::new("/i")), &run).join(" ");
+            assert!(!argv.contains("-kernel") && !argv.contains("-append") && !argv.contains("/i/initrd"), "{argv}");
+            assert_eq!(argv.matches("-run-with user=nobody").count(), 1, "{argv}");
+            assert!(argv.contains("-sandbox on,obsolete=deny,spawn=deny") && !argv.contains("elevate"), "{argv}");
+            assert!(argv.contains("drive=disk0,id=blk0,bootindex=0") && argv.contains("drive=seed0,id=blk1"), "{argv}");
+        }
+        let host = Host { qemu_version: "10.0.2".to_owned(), accelerator: "tcg".to_owned() };
+        let mut m = manifest();
+        m.machine.devices = imported_devices(MAC);
+        assert_eq!(check_host(&m, &host), Ok(()));
+        m.machine.devices.insert(0, "virtio-balloon-pci".to_owned());
+        assert!(check_host(&m, &host).is_err());
     }
 
     #[test]

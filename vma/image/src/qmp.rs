@@ -141,14 +141,16 @@ impl Qmp {
         }
     }
 
-    /// Stops the guest and saves its device state, without memory, which is in its own shared file.
+    /// Stops the guest and saves its device state, without memory, which is in its own shared file. The file is made
+    /// here: QEMU may have become a user that may not.
     ///
     /// # Errors
     /// The file cannot be written, or QEMU's own words.
     pub async fn save_state(&mut self, device: &Path) -> Result<()> {
         self.execute("stop", json!({})).await?;
         self.capabilities().await?;
-        self.execute("migrate", json!({ "uri": format!("file:{}", device.display()) })).await?;
+        let set = self.give(&File::create(device).map_err(io("write", device))?).await?;
+        self.execute("migrate", json!({ "uri": format!("file:/dev/fdset/{set}") })).await?;
         let deadline = Instant::now() + STATE_LIMIT;
         loop {
             let status = self.execute("query-migrate", json!({})).await?;

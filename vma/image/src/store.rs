@@ -1,126 +1,230 @@
-//! Where images lie: chunks by digest, manifests by name.
+//! Where images lie: chunks by digest, manifests by name; in a folder, or in a bucket of an S3-compatible store.
 //!
 //! ```text
-//! <store>/images/<name>.json          SignedManifest
-//! <store>/chunks/<2 hex>/<64 hex>     stored (zstd) bytes, named by the BLAKE3 of the plain ones
-//! <store>/keys/builder                the builder's signing key
+//! images/<name>.json          SignedManifest
+//! chunks/<2 hex>/<64 hex>     stored bytes (zstd, sealed where the image is), named by the digest of the plain ones
+//! keys/                       the builder's signing key, owners' keys: in a folder only, they never leave it
+//! locks/                      who publishes or collects: in a bucket only, a folder has flock
 //! ```
 //!
 //! # Invariants
-//! 1. A file under its final name is whole: it is written beside, then renamed.
-//! 2. A manifest is put after all its chunks.
+//! 1. What has a name is whole: a file is written beside, then renamed; a bucket's object appears at once.
+//! 2. A manifest is put after all its chunks; [`Store::publish`] looks that they are there.
 //! 3. Only the owner may read: chunks hold what the guest held, keys and passwords too.
+//! 4. What is put or kept is young, and what is young is not collected (see [`crate::gc`]).
+//!
+//! All calls block; a program that is async makes them where blocking is allowed.
 
-use crate::error::{Error, Result, io};
-use nix::fcntl::{Flock, FlockArg};
-use std::fs;
-use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+mod address;
+mod bucket;
+mod check;
+mod copy;
+mod folder;
+mod http;
+mod lock;
+#[cfg(test)]
+pub(crate) mod tests;
+
+pub(crate) use check::unverified;
+pub use check::{Repaired, check_chunk, needs, repair_image};
+pub use copy::{COPY_AT_ONCE, Copied, Progress, copy_image};
+pub use folder::make_private;
+pub(crate) use folder::write_whole;
+pub(crate) use lock::pause;
+
+use crate::error::{Error, Result};
+use bucket::Bucket;
+use folder::Folder;
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 use vmatrix_model::Digest;
 use vmatrix_model::manifest::{MANIFEST_MAX, SignedManifest};
 
-/// Largest stored chunk: zstd adds at most a few bytes a block to what does not compress.
-pub const STORED_MAX: usize = crate::chunks::CHUNK_MAX + (64 << 10);
+/// Largest stored chunk.
+pub const STORED_MAX: usize = crate::chunks::BLOB_MAX + crate::chunks::STORED_MORE;
 
-/// A directory of images.
+/// From so many chunks on a bucket is listed, 256 requests, instead of asked for each.
+const LISTED_FROM: usize = 1024;
+
+/// A place of images.
 #[derive(Debug, Clone)]
 pub struct Store {
-    dir: PathBuf,
+    place: Place,
 }
 
-/// What a store is made of.
-const FOLDERS: [&str; 3] = ["images", "chunks", "keys"];
+#[derive(Debug, Clone)]
+enum Place {
+    Folder(Folder),
+    Bucket(Bucket),
+}
 
-static TEMPORARY: AtomicU64 = AtomicU64::new(0);
+/// What a store knows of a thing in it without reading it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Entry {
+    /// The last part of its key.
+    pub name: String,
+    /// Bytes as stored.
+    pub length: u64,
+    /// When it was put or kept, by the store's clock.
+    pub modified: SystemTime,
+    /// Changes when the thing is replaced.
+    pub version: String,
+}
+
+/// Held while a manifest is put: nothing is collected meanwhile.
+pub(crate) enum Publishing {
+    Folder { _shared: folder::Held },
+    Bucket(lock::Lock),
+}
+
+/// Held while one batch of chunks is looked at and taken out: nothing is put, kept or published meanwhile.
+pub(crate) enum Sweeping {
+    Folder { _alone: folder::Held },
+    Bucket(lock::Lock),
+}
 
 impl Store {
-    /// Opens the store at `dir` for building, making it if it is not there; what an earlier version left
+    /// Opens the store in folder `dir` for building, making it if it is not there; what an earlier version left
     /// for everybody to read is closed.
     ///
     /// # Errors
     /// The directory cannot be made, or belongs to somebody else.
     pub fn open(dir: impl AsRef<Path>) -> Result<Store> {
-        let dir = dir.as_ref().to_owned();
-        for sub in FOLDERS {
-            let path = dir.join(sub);
-            // Of `dir` itself only what is made here is closed: it may be a place that holds other things too.
-            make_private(&path)?;
-            close_to_others(&path)?;
-        }
-        Ok(Store { dir })
+        Ok(Store { place: Place::Folder(Folder::open(dir.as_ref())?) })
     }
 
-    /// Opens the store at `dir` to look into it, changing nothing.
+    /// Opens the store in folder `dir` to look into it, changing nothing.
     ///
     /// # Errors
     /// [`Error::NoStore`]: there is none.
     pub fn read(dir: impl AsRef<Path>) -> Result<Store> {
-        let dir = dir.as_ref().to_owned();
-        if ["images", "chunks"].iter().all(|sub| dir.join(sub).is_dir()) {
-            Ok(Store { dir })
-        } else {
-            Err(Error::NoStore { path: dir })
+        Ok(Store { place: Place::Folder(Folder::read(dir.as_ref())?) })
+    }
+
+    /// Opens the store at an address: a folder's path, which is made if it is not there, or
+    /// `s3://BUCKET/PREFIX?endpoint=http://HOST:PORT&region=REGION`, all but the bucket optional. The credentials
+    /// of a bucket are those of the environment: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, and
+    /// `AWS_SESSION_TOKEN` if there is one. Nothing is asked of a bucket yet.
+    ///
+    /// # Errors
+    /// [`Error::BadAddress`]: the address or the environment does not say enough; or as [`Store::open`].
+    pub fn at(address: &str) -> Result<Store> {
+        Store::addressed(address, Folder::open)
+    }
+
+    /// As [`Store::at`], but makes no folder: for a store to read from.
+    ///
+    /// # Errors
+    /// As [`Store::at`], and [`Error::NoStore`] for a folder that is none.
+    pub fn existing(address: &str) -> Result<Store> {
+        Store::addressed(address, Folder::read)
+    }
+
+    fn addressed(address: &str, folder: impl FnOnce(&Path) -> Result<Folder>) -> Result<Store> {
+        let place = match address::Address::parse(address, |name| std::env::var(name).ok())? {
+            address::Address::Folder(dir) => Place::Folder(folder(&dir)?),
+            address::Address::Bucket(address) => Place::Bucket(Bucket::connect(&address)?),
+        };
+        Ok(Store { place })
+    }
+
+    #[cfg(test)]
+    fn over(bucket: Bucket) -> Store {
+        Store { place: Place::Bucket(bucket) }
+    }
+
+    /// Where it lies, for messages: the folder, or a bucket's address without its query. Only
+    /// [`Store::folder`] is a path to join to.
+    pub fn dir(&self) -> &Path {
+        match &self.place {
+            Place::Folder(folder) => folder.dir(),
+            Place::Bucket(bucket) => bucket.place(),
         }
     }
 
-    /// Where it lies.
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// The folder it lies in.
+    ///
+    /// # Errors
+    /// [`Error::NotAFolder`]: it is a bucket, where keys and caches do not belong.
+    pub fn folder(&self) -> Result<&Path> {
+        match &self.place {
+            Place::Folder(folder) => Ok(folder.dir()),
+            Place::Bucket(bucket) => Err(Error::NotAFolder { place: bucket.place().to_owned() }),
+        }
     }
 
     /// Reads the manifest of image `name`; `None` if there is none. It is not verified: see [`crate::sign::verify`].
     ///
     /// # Errors
-    /// The name is not a DNS label, the file is too long, or it is not a signed manifest.
+    /// The name is not a DNS label, the manifest is too long, or it is not a signed manifest.
     pub fn image(&self, name: &str) -> Result<Option<SignedManifest>> {
-        let path = self.image_path(name)?;
-        // The text stands JSON-escaped inside the file: quotes double it at worst.
-        let Some(bytes) = read_bounded(&path, 2 * MANIFEST_MAX)? else { return Ok(None) };
-        serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| Error::BadManifest { name: name.to_owned(), problem: format!("{}: {e}", path.display()) })
+        // The text stands JSON-escaped inside: quotes double it at worst.
+        let Some(bytes) = self.get(&image_key(name)?, 2 * MANIFEST_MAX)? else { return Ok(None) };
+        serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::BadManifest {
+            name: name.to_owned(),
+            problem: format!("{} in {}: {e}", image_key(name).unwrap_or_default(), self.dir().display()),
+        })
     }
 
-    /// Puts a manifest under `name`.
+    /// Puts a manifest under `name`, whether its chunks are there or not: for one that is staged chunk by chunk.
+    /// Whoever has all chunks uses [`Store::publish`].
     ///
     /// # Errors
-    /// The name is not a DNS label, or the disk is full.
+    /// The name is not a DNS label, or the store is full or cannot be written.
     pub fn put_image(&self, name: &str, signed: &SignedManifest) -> Result<()> {
-        let path = self.image_path(name)?;
+        let key = image_key(name)?;
         let text = serde_json::to_vec(signed)
             .map_err(|e| Error::BadManifest { name: name.to_owned(), problem: e.to_string() })?;
-        write_whole(&path, &text)
+        self.put(&key, &text)
+    }
+
+    /// Takes the manifest of image `name` out; whether there was one. Its chunks go with the next collection, if
+    /// no other image has them.
+    ///
+    /// # Errors
+    /// The name is not a DNS label, or the store cannot be written.
+    pub fn remove_image(&self, name: &str) -> Result<bool> {
+        let key = image_key(name)?;
+        let there = self.look(&key)?.is_some();
+        self.remove(&[key])?;
+        Ok(there)
     }
 
     /// Names of all images, sorted.
     ///
     /// # Errors
-    /// The directory cannot be read.
+    /// The store cannot be read.
     pub fn names(&self) -> Result<Vec<String>> {
-        let dir = self.dir.join("images");
-        let mut names: Vec<String> = fs::read_dir(&dir)
-            .map_err(io("list", &dir))?
-            .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_suffix(".json").map(str::to_owned))
-            .filter(|name| !name.starts_with('.'))
-            .collect();
+        Ok(self.manifests()?.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// Names of all images, sorted, each with what changes when it is replaced.
+    pub(crate) fn manifests(&self) -> Result<Vec<(String, String)>> {
+        let named = |entry: Entry| {
+            let name = entry.name.strip_suffix(".json").filter(|n| is_image_name(n))?.to_owned();
+            Some((name, entry.version))
+        };
+        let mut names: Vec<(String, String)> = self.list("images")?.into_iter().filter_map(named).collect();
         names.sort();
         Ok(names)
     }
 
-    /// Reads a chunk's stored bytes. They are not verified: see [`crate::chunks::decode`].
+    /// Reads a chunk's stored bytes. They are not verified: see [`crate::chunks::open`].
     ///
     /// # Errors
     /// [`Error::NoChunk`] if it is not there.
     pub fn chunk(&self, digest: &Digest) -> Result<Vec<u8>> {
-        read_bounded(&self.chunk_path(digest), STORED_MAX)?
-            .ok_or_else(|| Error::NoChunk { digest: *digest, store: self.dir.clone() })
+        self.get(&chunk_key(digest), STORED_MAX)?
+            .ok_or_else(|| Error::NoChunk { digest: *digest, store: self.dir().to_owned() })
     }
 
-    /// Length of a chunk's stored bytes, if it is here.
+    /// Length of a chunk's stored bytes, if it is here. One of no bytes, as a power failure leaves, is not, and
+    /// what cannot be looked at is not either: whoever needs it then meets the reason.
     pub fn stored(&self, digest: &Digest) -> Option<u64> {
-        fs::metadata(self.chunk_path(digest)).ok().map(|m| m.len())
+        let entry = self.look(&chunk_key(digest)).ok().flatten()?;
+        Some(entry.length).filter(|length| *length > 0)
     }
 
     /// Whether a chunk is here.
@@ -128,163 +232,175 @@ impl Store {
         self.stored(digest).is_some()
     }
 
-    /// Puts a chunk's stored bytes; one that is here already is left alone.
-    ///
-    /// # Errors
-    /// The disk is full or not writable.
-    pub fn put_chunk(&self, digest: &Digest, stored: &[u8]) -> Result<()> {
-        let path = self.chunk_path(digest);
-        if path.exists() {
-            return Ok(());
-        }
-        write_whole(&path, stored)
+    /// As [`Store::stored`], and makes the chunk young, so that whoever is about to name it may rely on it. `None`
+    /// also where that cannot be done: then it is to be put again.
+    pub fn keep(&self, digest: &Digest) -> Option<u64> {
+        let key = chunk_key(digest);
+        let kept = match &self.place {
+            Place::Folder(folder) => folder.keep(&key).ok().flatten(),
+            // The age of an object changes only with its bytes: an older one is put again by who needs it.
+            Place::Bucket(bucket) => bucket.look(&key).ok().flatten().filter(bucket::is_young),
+        };
+        kept.map(|entry| entry.length).filter(|length| *length > 0)
     }
 
-    /// Takes a chunk out again.
-    pub(crate) fn remove_chunk(&self, digest: &Digest) {
-        // One that stays is named by its content, so it is only room that is lost.
-        let _ = fs::remove_file(self.chunk_path(digest));
+    /// Puts a chunk's stored bytes. One that is here already with this length is left alone and made young; one
+    /// of another length is damaged, or was packed by another zstd, and gives way.
+    ///
+    /// # Errors
+    /// The store is full or not writable.
+    pub fn put_chunk(&self, digest: &Digest, stored: &[u8]) -> Result<()> {
+        if self.keep(digest) == Some(stored.len() as u64) {
+            return Ok(());
+        }
+        self.replace_chunk(digest, stored)
+    }
+
+    /// Puts a chunk's stored bytes in place of whatever is here.
+    ///
+    /// # Errors
+    /// The store is full or not writable.
+    pub fn replace_chunk(&self, digest: &Digest, stored: &[u8]) -> Result<()> {
+        self.put(&chunk_key(digest), stored)
+    }
+
+    /// Takes a chunk out again that nothing names; one that cannot be stays for the next collection.
+    pub fn remove_chunk(&self, digest: &Digest) {
+        if let Err(error) = self.remove(&[chunk_key(digest)]) {
+            tracing::debug!(%digest, "stays in the store: {error}");
+        }
     }
 
     /// Waits until no other build puts chunks into the store, and keeps others waiting while it is held.
-    pub(crate) fn lock(&self) -> Result<Flock<fs::File>> {
-        let path = self.dir.join(".lock");
-        let file = fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(io("open", &path))?;
-        Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| io("lock", &path)(e.into()))
-    }
-
-    fn image_path(&self, name: &str) -> Result<PathBuf> {
-        if !is_image_name(name) {
-            return Err(Error::BadName { name: name.chars().take(80).collect() });
+    ///
+    /// # Errors
+    /// It is a bucket, where nothing is built; or its lock file cannot be made.
+    pub fn lock(&self) -> Result<folder::Held> {
+        match &self.place {
+            Place::Folder(folder) => folder.building(),
+            Place::Bucket(bucket) => Err(Error::NotAFolder { place: bucket.place().to_owned() }),
         }
-        Ok(self.dir.join("images").join(format!("{name}.json")))
     }
 
-    fn chunk_path(&self, digest: &Digest) -> PathBuf {
-        let hex = digest.to_string();
-        self.dir.join("chunks").join(hex.get(..2).unwrap_or("00")).join(&hex)
+    /// Makes what was put so far survive a power failure, where that is this program's to do.
+    ///
+    /// # Errors
+    /// The disk fails.
+    pub(crate) fn sync(&self) -> Result<()> {
+        match &self.place {
+            Place::Folder(folder) => folder.sync(),
+            Place::Bucket(_) => Ok(()),
+        }
+    }
+
+    /// The chunks whose digest begins with byte `first`; `None` stands for what is there and is no chunk.
+    pub(crate) fn shard(&self, first: u8) -> Result<Vec<(Option<Digest>, Entry)>> {
+        let entries = self.list(&format!("chunks/{first:02x}"))?;
+        let digest = |e: &Entry| e.name.parse().ok().filter(|d: &Digest| d.0.first() == Some(&first));
+        Ok(entries.into_iter().map(|e| (digest(&e), e)).collect())
+    }
+
+    /// What is here of so many chunks, in a bucket: a listing is fewer requests than a look at each of very many.
+    /// `None` where each is to be looked at.
+    fn listed(&self, chunks: usize) -> Result<Option<HashMap<Digest, Entry>>> {
+        if matches!(self.place, Place::Folder(_)) || chunks < LISTED_FROM {
+            return Ok(None);
+        }
+        let all = Mutex::new(HashMap::new());
+        let shards: Vec<u8> = (0..=u8::MAX).collect();
+        copy::each(&shards, |first| {
+            let shard = self.shard(*first)?;
+            let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+            all.extend(shard.into_iter().filter_map(|(digest, entry)| Some((digest?, entry))));
+            Ok(())
+        })?;
+        Ok(Some(all.into_inner().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    /// Takes chunks, or what lies among them, out of the shard of `first`.
+    pub(crate) fn sweep(&self, sweeping: &Sweeping, first: u8, names: &[String]) -> Result<()> {
+        if let Sweeping::Bucket(lock) = sweeping {
+            lock.still_for_sweeping()?;
+        }
+        let keys: Vec<String> = names.iter().map(|name| format!("chunks/{first:02x}/{name}")).collect();
+        self.remove(&keys)
+    }
+
+    /// Keeps collectors out; waits for one that is at a batch.
+    pub(crate) fn publishing(&self) -> Result<Publishing> {
+        Ok(match &self.place {
+            Place::Folder(folder) => Publishing::Folder { _shared: folder.using()? },
+            Place::Bucket(bucket) => Publishing::Bucket(lock::publishing(bucket)?),
+        })
+    }
+
+    /// Keeps publishers out; `None` if there are some, or another collector.
+    pub(crate) fn sweeping(&self) -> Result<Option<Sweeping>> {
+        Ok(match &self.place {
+            Place::Folder(folder) => Some(Sweeping::Folder { _alone: folder.sweeping()? }),
+            Place::Bucket(bucket) => lock::sweeping(bucket)?.map(Sweeping::Bucket),
+        })
+    }
+
+    fn get(&self, key: &str, max: usize) -> Result<Option<Vec<u8>>> {
+        match &self.place {
+            Place::Folder(folder) => folder.get(key, max),
+            Place::Bucket(bucket) => bucket.get(key, max),
+        }
+    }
+
+    pub(crate) fn put(&self, key: &str, bytes: &[u8]) -> Result<()> {
+        match &self.place {
+            Place::Folder(folder) => folder.put(key, bytes),
+            Place::Bucket(bucket) => bucket.put(key, bytes),
+        }
+    }
+
+    fn look(&self, key: &str) -> Result<Option<Entry>> {
+        match &self.place {
+            Place::Folder(folder) => folder.look(key),
+            Place::Bucket(bucket) => bucket.look(key),
+        }
+    }
+
+    fn list(&self, under: &str) -> Result<Vec<Entry>> {
+        match &self.place {
+            Place::Folder(folder) => folder.list(under),
+            Place::Bucket(bucket) => bucket.list(under),
+        }
+    }
+
+    fn remove(&self, keys: &[String]) -> Result<()> {
+        match &self.place {
+            Place::Folder(folder) => folder.remove(keys),
+            Place::Bucket(bucket) => bucket.remove(keys),
+        }
+    }
+}
+
+impl Sweeping {
+    /// What time it is by the store's clock.
+    pub(crate) fn now(&self) -> SystemTime {
+        match self {
+            Sweeping::Folder { .. } => SystemTime::now(),
+            Sweeping::Bucket(lock) => lock.now(),
+        }
     }
 }
 
 /// An image is named as a service is, for it stands in paths and log lines.
-pub(crate) fn is_image_name(name: &str) -> bool {
+pub fn is_image_name(name: &str) -> bool {
     name.parse::<vmatrix_model::ServiceId>().is_ok()
 }
 
-/// Makes a folder, and those above it that are missing, for its owner only.
-pub(crate) fn make_private(path: &Path) -> Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io("create", path))
+fn image_key(name: &str) -> Result<String> {
+    if !is_image_name(name) {
+        return Err(Error::BadName { name: name.chars().take(80).collect() });
+    }
+    Ok(format!("images/{name}.json"))
 }
 
-/// Takes everybody else's rights off a folder and what is in it; the folder last, so that a walk that was
-/// cut short is made again.
-fn close_to_others(folder: &Path) -> Result<()> {
-    if fs::metadata(folder).map_err(io("look at", folder))?.permissions().mode() & 0o077 == 0 {
-        return Ok(());
-    }
-    let set = |path: &Path, mode| {
-        fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(io("close to others", path))
-    };
-    for entry in fs::read_dir(folder).map_err(io("list", folder))? {
-        let entry = entry.map_err(io("list", folder))?;
-        match entry.file_type() {
-            Ok(kind) if kind.is_dir() => close_to_others(&entry.path())?,
-            Ok(kind) if kind.is_file() => set(&entry.path(), 0o600)?,
-            // A link leads elsewhere; a file that went meanwhile needs nothing.
-            _ => {}
-        }
-    }
-    set(folder, 0o700)
-}
-
-fn read_bounded(path: &Path, max: usize) -> Result<Option<Vec<u8>>> {
-    let file = match fs::File::open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(io("open", path)(e)),
-    };
-    let mut bytes = Vec::new();
-    file.take(max as u64 + 1).read_to_end(&mut bytes).map_err(io("read", path))?;
-    if bytes.len() > max {
-        return Err(Error::TooLong { path: path.to_owned(), max });
-    }
-    Ok(Some(bytes))
-}
-
-/// Writes beside `path`, then renames: a reader sees the old file or the new one, never half of it.
-pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let parent = path.parent().unwrap_or(Path::new("."));
-    make_private(parent)?;
-    let number = TEMPORARY.fetch_add(1, Ordering::Relaxed);
-    let beside = parent.join(format!(".{}-{number}.part", std::process::id()));
-    let written = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&beside)
-        .and_then(|mut f| f.write_all(bytes))
-        .map_err(io("write", path))
-        .and_then(|()| fs::rename(&beside, path).map_err(io("rename into", path)));
-    if written.is_err() {
-        // Nothing half-done is left; that it cannot be removed either is not the news.
-        let _ = fs::remove_file(&beside);
-    }
-    written
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn modes(folder: &Path, all: &mut Vec<(PathBuf, u32)>) {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            all.push((path.clone(), fs::metadata(&path).unwrap().permissions().mode() & 0o777));
-            if path.is_dir() {
-                modes(&path, all);
-            }
-        }
-    }
-
-    #[test]
-    fn only_the_owner_reads_a_store_even_one_that_was_open_to_all() {
-        let dir = tempfile::tempdir().unwrap();
-        let at = dir.path().join("store");
-        let digest = Digest::of(b"chunk");
-        let old = at.join("chunks").join(&digest.to_string()[..2]);
-        fs::create_dir_all(&old).unwrap();
-        fs::write(old.join(digest.to_string()), b"from before").unwrap();
-        let store = Store::open(&at).unwrap();
-        store.put_chunk(&Digest::of(b"another"), b"new").unwrap();
-        assert_eq!(store.chunk(&digest).unwrap(), b"from before");
-        let mut all = Vec::new();
-        modes(&at, &mut all);
-        assert!(all.len() >= 7, "{all:?}");
-        assert_eq!(all.iter().find(|(path, mode)| *mode != if path.is_dir() { 0o700 } else { 0o600 }), None);
-    }
-
-    #[test]
-    fn a_place_that_holds_other_things_keeps_its_rights() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        Store::open(dir.path()).unwrap();
-        assert_eq!(fs::metadata(dir.path()).unwrap().permissions().mode() & 0o777, 0o755);
-    }
-
-    #[test]
-    fn a_chunk_that_is_too_long_is_not_read_to_its_end() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        let digest = Digest::of(b"x");
-        store.put_chunk(&digest, b"x").unwrap();
-        fs::File::options().write(true).open(store.chunk_path(&digest)).unwrap().set_len(1 << 40).unwrap();
-        assert!(matches!(store.chunk(&digest), Err(Error::TooLong { .. })));
-    }
+fn chunk_key(digest: &Digest) -> String {
+    let hex = digest.to_string();
+    format!("chunks/{}/{hex}", hex.get(..2).unwrap_or("00"))
 }

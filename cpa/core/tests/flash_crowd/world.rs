@@ -165,7 +165,13 @@ impl World {
     pub fn inventory(&self, name: &NetworkId) -> Inventory {
         let vma = &self.vmas[name];
         let assignment = vma.assignment.as_ref();
-        let image = |_| ImageSeen { digest: Digest::of(b"x"), present: Bytes(1), total: Bytes(1), fetched: Bytes(1) };
+        let image = |_| ImageSeen {
+            digest: Digest::of(b"x"),
+            present: Bytes(1),
+            total: Bytes(1),
+            fetched: Bytes(1),
+            resumable: true,
+        };
         let refused = |a: &Assignment| {
             a.services
                 .iter()

@@ -10,6 +10,7 @@
 
 mod names;
 mod nat;
+mod relay;
 mod site;
 mod tunnel;
 
@@ -24,6 +25,7 @@ async fn daemon() {
     let ended = match words.as_slice() {
         ["edge", config] => vmatrix_edge_agent::run(&PathBuf::from(config)).await,
         ["origin", config] => vmatrix_edge_agent::origin::run(&PathBuf::from(config)).await,
+        ["relay", config] => vmatrix_edge_agent::relay::run(&PathBuf::from(config)).await,
         ["tunnel", netns, cell, folder] => {
             vmatrix_edge_agent::tunnel::run(vmatrix_edge_agent::tunnel::TunnelArgs {
                 netns: PathBuf::from(netns),

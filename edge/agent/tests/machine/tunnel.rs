@@ -149,7 +149,7 @@ fn machine_a_killed_origin_comes_back_and_the_tunnel_goes_on() {
 }
 
 #[test]
-fn machine_the_origin_serves_its_store_and_nothing_else() {
+fn machine_the_origin_serves_manifests_and_no_byte_of_a_guest() {
     let mut site = site();
     let digest = vmatrix_model::Digest::of(b"chunk").to_string();
     let folder = site.folder.path().join("store/chunks").join(&digest[..2]);
@@ -160,15 +160,9 @@ fn machine_the_origin_serves_its_store_and_nothing_else() {
     start_origin(&mut site);
     let get = |path: &str| site.ask("network", "198.19.0.1:8445", "GET", path, "");
     assert_eq!(get("/v1/images/maps"), (200, "{}".into()));
-    assert_eq!(get(&format!("/v1/chunks/{digest}")), (200, "chunk".repeat(40_000)));
+    assert_eq!(get(&format!("/v1/chunks/{digest}")).0, 404);
     assert_eq!(get("/v1/images/none").0, 404);
-    for path in [
-        "/v1/images/..%2f..%2ftoken",
-        "/v1/images/..",
-        "/v1/chunks/..%2f..%2ftoken",
-        "/v1/chunks/ABC",
-        "/v1/images/%2e%2e%2ftoken",
-    ] {
+    for path in ["/v1/images/..%2f..%2ftoken", "/v1/images/..", "/v1/images/%2e%2e%2ftoken"] {
         let (status, body) = get(path);
         assert!((400..500).contains(&status) && !body.contains(TOKEN), "{path}: {status} {body}");
     }

@@ -18,6 +18,9 @@ use vmatrix_vma_core::steps::{CellSeen, CellSpec, Fault, Life, Seen, StagedSeen,
 const PREPARE: Span = Span::ms(150);
 /// The part of a resume order that the cell takes cannot be more than a fifth of the whole.
 const PREPARE_SHARE: u64 = 5;
+/// What has to be here before a guest runs: device state, tables, working set. Images of the library have 3 to 7 MiB
+/// of it; the rest comes while the guest serves.
+const CRITICAL: Bytes = Bytes(8 << 20);
 /// Saving an instance that nobody uses: device state only, its memory is thrown away.
 const SUSPEND: Span = Span::ms(200);
 /// Taking a cell down.
@@ -62,6 +65,12 @@ pub struct Staged {
     pub total: Bytes,
     pub present: Bytes,
     pub fetching: bool,
+}
+
+impl Staged {
+    fn is_resumable(&self) -> bool {
+        self.present >= self.total.min(CRITICAL)
+    }
 }
 
 /// What beginning a step leads to.
@@ -121,6 +130,7 @@ impl Machine {
                 present: s.present,
                 total: s.total,
                 fetched: s.present,
+                resumable: s.is_resumable(),
             }),
             fetching: s.fetching,
             trouble: None,
@@ -173,6 +183,9 @@ impl Machine {
                 if cell.under_way || !matches!(cell.life, Life::Ready | Life::Resuming) {
                     return Ok(Begun::Takes(MOMENT));
                 }
+                if !self.images.get(&service.image).is_some_and(Staged::is_resumable) {
+                    return Err(fault(format!("what {instance} needs first is not here yet")));
+                }
                 cell.life = Life::Resuming;
                 cell.under_way = true;
                 cell.resume_began = now;
@@ -197,8 +210,8 @@ impl Machine {
             cell.under_way |= again;
             return Ok(Begun::Takes(if again { prepare_time(service) } else { MOMENT }));
         }
-        if self.images.get(&spec.image).is_none_or(|s| s.present < s.total) {
-            return Err(format!("image {} is not complete on {}", spec.image, self.id));
+        if !self.images.contains_key(&spec.image) {
+            return Err(format!("image {} is not known on {}", spec.image, self.id));
         }
         if self.subscription().free_mib < spec.memory_mib {
             return Err(format!("{} MiB are not free on {}", spec.memory_mib, self.id));

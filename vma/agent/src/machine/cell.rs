@@ -1,5 +1,6 @@
 //! Cells: namespace, pair of interfaces, bridge, rules and tunnel, built and taken down.
 
+use super::image::Level;
 use super::record::{Phase, Record};
 use super::{Machine, process};
 use anyhow::{Context, bail};
@@ -8,14 +9,17 @@ use std::io::Write;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmatrix_model::InstanceId;
 use vmatrix_vma_core::cell::{BRIDGE, Rules, SETTINGS, TUNNEL, UPLINK, rules};
 use vmatrix_vma_core::steps::CellSpec;
+use vmatrix_vma_image::machine::BRIDGE_MAC;
 use vmatrix_vma_image::netns;
 
-/// The bridge has the same MAC in every cell: it is the gateway the guest remembers.
-const BRIDGE_MAC: &str = "52:54:00:76:6d:fe";
+/// How long a cell waits for its image's manifest: some KiB over the longest path, from a source that is being
+/// connected to.
+const MANIFEST_LIMIT: Duration = Duration::from_secs(10);
 /// A tunnel's first handshake crosses the WAN once or twice, and the origin may be starting.
 const TUNNEL_LIMIT: Duration = Duration::from_secs(15);
 /// A tunnel tells the origin that it leaves; that takes a round trip.
@@ -29,7 +33,10 @@ struct TunnelStatus {
 
 impl Machine {
     /// Builds the cell, unless it is there whole.
-    pub(super) async fn prepare(&self, spec: &CellSpec) -> anyhow::Result<()> {
+    ///
+    /// What its guest needs is fetched meanwhile, and the process it will run in is started: that of a first resume
+    /// takes longer than a cell.
+    pub(super) async fn prepare(self: &Arc<Self>, spec: &CellSpec) -> anyhow::Result<()> {
         let known = self.records.get(&spec.instance);
         if let Some(record) =
             known.as_ref().filter(|r| r.phase != Phase::Building && self.is_whole(r) && r.spec == *spec)
@@ -39,15 +46,29 @@ impl Machine {
         if known.is_some() {
             self.release(&spec.instance).await?;
         }
-        let staged =
-            || self.stages.whole(&spec.image).with_context(|| format!("image {} is not staged here", spec.image));
-        staged()?;
+        let began = Instant::now();
+        self.until(&spec.image, Level::Known, MANIFEST_LIMIT).await?;
         let record = self.records.begin(spec, self.config.cells)?;
         // Looked up again: once the cell is begun, no newer image takes this one's place.
-        let staged = staged()?;
-        let guest = &staged.manifest.guest;
-        let built = self.build(&record, guest.address, guest.gateway, &guest.mac);
-        built.with_context(|| format!("cannot build the cell of {}", spec.instance))?;
+        let gone = || format!("image {} was dropped meanwhile; stage it", spec.image);
+        let known = self.images.known(&spec.image).with_context(gone)?;
+        self.make_room().await?;
+        // What the guest will run in is made while its cell is built and what it needs first comes.
+        let pager = self.pager_for(&known);
+        let building =
+            |done: anyhow::Result<()>| done.with_context(|| format!("cannot build the cell of {}", spec.instance));
+        let (machine, part, guest) = (self.clone(), record.clone(), known.manifest.guest.clone());
+        building(tokio::task::spawn_blocking(move || machine.found(&part, guest.gateway)).await?)?;
+        let (machine, part, guest) = (self.clone(), record.clone(), known.manifest.guest.clone());
+        let built = tokio::task::spawn_blocking(move || machine.build(&part, guest.address, &guest.mac));
+        let spawned = async {
+            pager.up().await?;
+            self.spawn_waiting(&spec.instance, &known).await
+        };
+        let (built, spawned) = tokio::join!(built, spawned);
+        building(built?)?;
+        spawned?;
+        tracing::debug!(instance = %spec.instance, took_ms = began.elapsed().as_millis(), "cell prepared");
         self.start_tunnel(&record).await?;
         self.records.note(&spec.instance, Phase::Ready, None)
     }
@@ -57,12 +78,27 @@ impl Machine {
             && nix::net::if_::if_nametoindex(outer_name(record).as_str()).is_ok()
     }
 
-    fn build(&self, record: &Record, guest: Ipv4Addr, gateway: Ipv4Addr, mac: &str) -> anyhow::Result<()> {
+    /// Makes the namespace and the bridge in it: all that a guest's QEMU needs to be started.
+    fn found(&self, record: &Record, gateway: Ipv4Addr) -> anyhow::Result<()> {
+        let name = self.namespace(&record.spec.instance);
+        self.unbuild(&record.spec.instance)?;
+        netns::ip_batch(None, &[format!("netns add {name}")])?;
+        Ok(netns::ip_batch(
+            Some(&name),
+            &[
+                "link set lo up".to_owned(),
+                format!("link add {BRIDGE} address {BRIDGE_MAC} type bridge"),
+                format!("addr add {gateway}/24 dev {BRIDGE}"),
+                format!("link set {BRIDGE} up"),
+            ],
+        )?)
+    }
+
+    /// Links the namespace with the network's and gives it its rules.
+    fn build(&self, record: &Record, guest: Ipv4Addr, mac: &str) -> anyhow::Result<()> {
         let name = self.namespace(&record.spec.instance);
         let outside = outer_name(record);
-        self.unbuild(&record.spec.instance)?;
         let (outer, cell) = (record.link.outer, record.link.cell);
-        netns::ip_batch(None, &[format!("netns add {name}")])?;
         netns::ip_batch(
             None,
             &[
@@ -74,13 +110,9 @@ impl Machine {
         netns::ip_batch(
             Some(&name),
             &[
-                "link set lo up".to_owned(),
                 format!("addr add {cell}/30 dev {UPLINK}"),
                 format!("link set {UPLINK} up"),
                 format!("route add default via {outer}"),
-                format!("link add {BRIDGE} address {BRIDGE_MAC} type bridge"),
-                format!("addr add {gateway}/24 dev {BRIDGE}"),
-                format!("link set {BRIDGE} up"),
             ],
         )?;
         let ports = &record.spec.ports;

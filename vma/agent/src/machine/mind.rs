@@ -1,7 +1,8 @@
 //! What a machine does without being asked: subscribes, checks health, keeps tunnels up, renews images.
 
+use super::image::Level;
 use super::record::Phase;
-use super::{Machine, process, vm};
+use super::{Machine, process};
 use crate::http::USUAL;
 use reqwest::Method;
 use std::sync::{Arc, PoisonError};
@@ -21,6 +22,10 @@ const HEALTH_EVERY: Duration = Duration::from_secs(5);
 const HEALTH_LIMIT: Duration = Duration::from_secs(5);
 /// Between questions for newer images: one small request each, for the origin says when nothing changed.
 const RENEW_EVERY: Duration = Duration::from_secs(30);
+/// Between looks at which images are to be kept ready.
+const WARM_EVERY: Duration = Duration::from_secs(1);
+/// Rounds between collections.
+const COLLECT_ROUNDS: u64 = 20;
 /// Missed in a row, it no longer counts as answering: a crowd may make it miss one or two.
 pub const MISSED_MAX: u32 = 4;
 
@@ -59,12 +64,12 @@ pub async fn health(machine: Arc<Machine>) {
         let checks = machine.records.all().into_iter().filter(|r| r.phase == Phase::Healthy).map(|r| {
             let machine = machine.clone();
             async move {
-                let Some(staged) = machine.stages.whole(&r.spec.image) else { return };
+                let Some(known) = machine.images.known(&r.spec.image) else { return };
                 let namespace = machine.namespace(&r.spec.instance);
-                let guest = &staged.manifest.guest;
+                let guest = &known.manifest.guest;
                 match health::ask(&netns::path(&namespace), guest.address, &guest.health, HEALTH_LIMIT).await {
                     Ok(_) => machine.forgive(&r.spec.instance),
-                    Err(_) if vm::find(&process::all(), &namespace).is_none() => {}
+                    Err(_) if machine.find_vm(&r, &process::all()).is_none() => {}
                     Err(e) => machine.blame(&r.spec.instance, &e.to_string()),
                 }
             }
@@ -73,15 +78,34 @@ pub async fn health(machine: Arc<Machine>) {
     }
 }
 
-/// Asks the origin for newer images, one after the other so that they share no link.
+/// Asks the sources for newer images, one after the other so that they share no link, and now and then takes what
+/// no image needs any more out of the store.
 pub async fn renew(machine: Arc<Machine>) {
-    loop {
+    for round in 1u64.. {
         tokio::time::sleep(RENEW_EVERY).await;
-        for image in machine.stages.whole_names() {
+        for image in machine.images.names(Level::Whole) {
             if let Err(e) = machine.renew(&image).await {
                 tracing::warn!(image, error = format!("{e:#}"), "not renewed; the image that is here stays");
             }
         }
+        if round.is_multiple_of(COLLECT_ROUNDS)
+            && let Err(e) = machine.collect().await
+        {
+            tracing::warn!(error = format!("{e:#}"), "chunks that no image names stay");
+        }
+    }
+}
+
+/// Keeps images ready that are here and that nothing runs from.
+pub async fn warm(machine: Arc<Machine>) {
+    loop {
+        for known in machine.to_keep_warm() {
+            machine.pager_for(&known);
+        }
+        if let Err(e) = machine.make_room().await {
+            tracing::warn!(error = format!("{e:#}"), "memory of images that do not run stays");
+        }
+        tokio::time::sleep(WARM_EVERY).await;
     }
 }
 

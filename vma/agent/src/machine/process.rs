@@ -34,6 +34,24 @@ fn one(pid: i32) -> Option<Process> {
     (!arguments.is_empty()).then_some(Process { pid, arguments })
 }
 
+/// A process that was just started, with its command line: the kernel shows that a moment after the start.
+///
+/// # Errors
+/// It ended at once.
+pub async fn started(child: &tokio::process::Child) -> anyhow::Result<Process> {
+    let pid = child.id().and_then(|id| i32::try_from(id).ok()).context("it ended at once")?;
+    let deadline = Instant::now() + Duration::from_secs(2);
+    loop {
+        if let Some(process) = one(pid) {
+            return Ok(process);
+        }
+        if Instant::now() > deadline {
+            anyhow::bail!("process {pid} ended at once");
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
 /// Whether it is still the same one: ids are given out again.
 pub fn is_alive(process: &Process) -> bool {
     one(process.pid).as_ref() == Some(process)

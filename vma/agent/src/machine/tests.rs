@@ -1,34 +1,31 @@
 //! Cells on a real kernel: each test makes a namespace that stands for a network, and takes away all it made.
 
 use super::record::Phase;
-use super::stage::Staged;
 use super::{Machine, cell};
 use crate::config::MachineConfig;
-use axum::extract::{Path, State};
-use axum::http::header::{ETAG, IF_NONE_MATCH};
-use axum::http::{HeaderMap, StatusCode};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use axum::{Json, Router};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use vmatrix_model::manifest::{GuestSpec, Health, MachineSpec, Manifest, Measured, Part, PartKind, SignedManifest};
+use vmatrix_model::manifest::{
+    FORMAT, GuestSpec, Health, MachineSpec, Manifest, Measured, PartKind, SignedManifest, WorkingSet,
+};
 use vmatrix_model::{Bytes, Digest, InstanceId};
 use vmatrix_vma_core::cell::{BRIDGE, TAP, open};
 use vmatrix_vma_core::steps::{CellSpec, Life, Step};
-use vmatrix_vma_image::machine::{Files, Host, check_host};
-use vmatrix_vma_image::sign::verify;
-use vmatrix_vma_image::{Store, netns, sign};
+use vmatrix_vma_image::chunks::Cutter;
+use vmatrix_vma_image::machine::{Host, check_host, host};
+use vmatrix_vma_image::{Store, memory, netns, sign};
+use vmatrix_vma_transfer::identity::{Authority, Role};
 
 const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 10);
 const MAC: &str = "52:54:00:76:6d:01";
 const DECLARED: u16 = 80;
 const UNDECLARED: u16 = 9999;
+
+mod images;
 
 /// A network's namespace, and everything below its name.
 struct Network {
@@ -56,16 +53,19 @@ impl Network {
 
     /// A machine whose tunnels are this script.
     fn machine_with_tunnel(&self, script: &str) -> Arc<Machine> {
-        use std::os::unix::fs::PermissionsExt;
-        let program = self.dir.path().join("program");
-        std::fs::write(&program, format!("#!/bin/sh\nfor last; do :; done\n{script}\n")).unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let mut machine = self.machine();
-        Arc::get_mut(&mut machine).unwrap().program = program;
-        machine
+        let machine = self.built();
+        Arc::new(Machine { program: self.script(script), ..machine })
     }
 
     fn machine(&self) -> Arc<Machine> {
+        Arc::new(self.built())
+    }
+
+    /// A machine that trusts whoever built what it has, and whose one source is `127.0.0.1:8446`.
+    fn built(&self) -> Machine {
+        let authority = self.authority();
+        let identity = self.dir.path().join("identity");
+        authority.issue(Role::Machine, "m1").unwrap().write(&identity).unwrap();
         let config = MachineConfig {
             name: "m1".parse().unwrap(),
             network: "ashburn".parse().unwrap(),
@@ -73,15 +73,52 @@ impl Network {
             state_dir: self.dir.path().join("state"),
             token_file: self.dir.path().join("token"),
             vma: "http://127.0.0.1:1".into(),
-            images: "http://127.0.0.1:1".into(),
+            identity,
+            sources: vec!["127.0.0.1:8446".parse().unwrap()],
+            transfer_listen: None,
+            memory_dir: "/dev/shm".into(),
+            rate_mbit: None,
+            warm: 0,
             origin: "http://127.0.0.1:1".into(),
             cpus: 1,
             memory_mib: 1024,
             cells: "100.64.7.0/24".parse().unwrap(),
             cell_prefix: self.name.clone(),
-            signers: vec![],
+            signers: vec![
+                sign::builder_public(&self.store("state/store")).unwrap(),
+                sign::builder_public(&self.store("origin")).unwrap(),
+            ],
         };
-        Arc::new(Machine::new(config, "secret").unwrap())
+        // Connections to sources belong to a runtime, and that to the network's namespace.
+        self.inside(|| {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+            let machine = {
+                let _entered = runtime.enter();
+                Machine::new(config, "secret").unwrap()
+            };
+            std::mem::forget(runtime);
+            Machine { program: self.script("exit 1"), ..machine }
+        })
+    }
+
+    /// A program that is a pager if it is to be one, and else does this.
+    fn script(&self, text: &str) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let program = self.dir.path().join("program");
+        let real = std::env::current_exe().unwrap().with_file_name("../examples/daemons");
+        let pager = format!("[ \"$1\" = pager ] && exec {} \"$@\"", real.display());
+        std::fs::write(&program, format!("#!/bin/sh\n{pager}\nfor last; do :; done\n{text}\n")).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        program
+    }
+
+    fn authority(&self) -> Authority {
+        let dir = self.dir.path().join("authority");
+        Authority::open(&dir).or_else(|_| Authority::create(&dir)).unwrap()
+    }
+
+    fn store(&self, name: &str) -> Store {
+        Store::open(self.dir.path().join(name)).unwrap()
     }
 
     /// Names of namespaces and interfaces that belong to it.
@@ -98,6 +135,13 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
+        let dir = self.dir.path().to_str().unwrap();
+        for process in super::process::all() {
+            if process.arguments.iter().any(|a| a.contains(dir)) {
+                let _ =
+                    nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid), nix::sys::signal::Signal::SIGKILL);
+            }
+        }
         for name in
             std::fs::read_dir("/run/netns").into_iter().flatten().filter_map(|e| e.ok()?.file_name().into_string().ok())
         {
@@ -105,6 +149,7 @@ impl Drop for Network {
                 let _ = netns::ip_batch(None, &[format!("netns del {name}")]);
             }
         }
+        let _ = std::fs::remove_dir_all(format!("/dev/shm/{}", self.name));
     }
 }
 
@@ -122,19 +167,28 @@ fn spec(number: u32) -> CellSpec {
     }
 }
 
-/// A manifest without parts: enough for a cell.
-fn manifest() -> Manifest {
-    Manifest {
-        format: vmatrix_model::manifest::FORMAT,
+/// An image that this host could resume, all zeros; `answer_ms` makes one differ from another.
+fn offered(store: &Store, host: &Host, answer_ms: u64) -> SignedManifest {
+    let cutter = Cutter::new(store, None);
+    let zeros = tempfile::NamedTempFile::new().unwrap();
+    zeros.as_file().set_len(16 << 20).unwrap();
+    let guest = memory::cut(&cutter, zeros.path(), &[], 0, None).unwrap();
+    assert_eq!(guest.working_set, WorkingSet::default());
+    zeros.as_file().set_len(1 << 20).unwrap();
+    let mut m = Manifest {
+        format: FORMAT,
         name: "tiny".into(),
         recipe: Digest::of(b"tiny"),
+        parent: None,
+        epoch: 0,
+        seal: None,
         machine: MachineSpec {
             qemu_version: "10.0.2".into(),
             machine_type: "pc-q35-10.0".into(),
             cpu_model: "Nehalem".into(),
             accelerator: "tcg".into(),
             smp: 1,
-            memory_mib: 128,
+            memory_mib: 16,
             devices: vec![],
             netdev: "tap".into(),
             append: String::new(),
@@ -146,25 +200,42 @@ fn manifest() -> Manifest {
             ports: vec![DECLARED],
             health: Health { port: DECLARED, path: "/".into(), status: 200 },
             backends: vec![],
+            reseeds: true,
         },
-        parts: vec![],
-        measured: Measured { boot_ms: 1, answer_ms: 1 },
+        memory: guest,
+        device: cutter.blob(b"device state", true).unwrap(),
+        parts: [PartKind::Disk, PartKind::Kernel, PartKind::Initrd]
+            .map(|kind| cutter.part(zeros.path(), kind, Bytes(1 << 20)).unwrap())
+            .to_vec(),
+        measured: Measured { boot_ms: 1, answer_ms },
+    };
+    // Once for each thing that can differ.
+    for _ in 0..6 {
+        let Err(bad) = check_host(&m, host) else { break };
+        match bad.what {
+            "accelerator" => m.machine.accelerator = bad.has,
+            "QEMU version" => m.machine.qemu_version = bad.has,
+            "machine type" => m.machine.machine_type = bad.has,
+            "CPU model" => m.machine.cpu_model = bad.has,
+            "network back end" => m.machine.netdev = bad.has,
+            _ => m.machine.devices = serde_json::from_str(&bad.has).unwrap(),
+        }
     }
+    sign::sign(store, &m).unwrap()
 }
 
-/// Puts an image without parts where staged images are.
-fn stage(state: &std::path::Path) -> PathBuf {
-    let manifest = manifest();
-    let signed = SignedManifest {
-        manifest: serde_json::to_string(&manifest).unwrap(),
-        signature: String::new(),
-        signer: String::new(),
-    };
-    let folder = state.join("images/tiny-0123456789abcdef");
-    std::fs::create_dir_all(&folder).unwrap();
-    std::fs::write(folder.join("manifest.json"), serde_json::to_vec(&signed).unwrap()).unwrap();
-    std::fs::write(folder.join("whole"), "").unwrap();
-    folder
+/// Puts such an image where an earlier run of the machine would have, whole.
+fn stage_whole(network: &Network) -> Manifest {
+    let store = network.store("state/store");
+    let signed = offered(&store, &host().unwrap(), 1);
+    store.put_image("tiny", &signed).unwrap();
+    serde_json::from_str(&signed.manifest).unwrap()
+}
+
+/// As much of it as a cell needs, and no guest.
+fn stage(network: &Network) {
+    let manifest = stage_whole(network);
+    network.store("state/store").remove_chunk(&manifest.device.digest);
 }
 
 /// Puts a namespace where the guest would be, behind the interface that would be its tap; it answers
@@ -217,7 +288,7 @@ fn ask(address: Ipv4Addr, port: u16) -> Option<String> {
 #[test]
 fn machine_two_cells_with_one_private_address_are_apart_and_leave_nothing() {
     let network = Network::new("a");
-    stage(&network.dir.path().join("state"));
+    stage(&network);
     let machine = network.machine();
     let cells: Vec<Ipv4Addr> = network.block_on(async {
         for n in [0, 1] {
@@ -228,6 +299,10 @@ fn machine_two_cells_with_one_private_address_are_apart_and_leave_nothing() {
         machine.seen().cells.iter().map(|c| c.address).collect()
     });
     assert!(machine.seen().cells.iter().all(|c| c.life == Life::Ready));
+    for n in [0, 1] {
+        // The QEMU that waits in the cell has the tap whose place the stand-in takes.
+        network.block_on(machine.end_vm(&instance(n))).unwrap();
+    }
     let guests = [stand_in(&network, 0), stand_in(&network, 1)];
 
     assert_eq!(network.inside(|| ask(cells[0], DECLARED)), None, "a cell let traffic in before its guest was awakened");
@@ -264,17 +339,18 @@ fn machine_two_cells_with_one_private_address_are_apart_and_leave_nothing() {
 #[test]
 fn machine_cells_are_found_again_after_the_daemon_was_killed() {
     let network = Network::new("b");
-    stage(&network.dir.path().join("state"));
+    stage(&network);
     let before = network.machine();
     network.block_on(before.step(Step::Prepare(spec(0)))).unwrap();
     let address = before.seen().cells[0].address;
+    network.block_on(before.end_vm(&instance(0))).unwrap();
     // Killed while it resumed: the record says so, and no VM runs.
     before.records.note(&instance(0), Phase::Resuming, None).unwrap();
     drop(before);
     let after = network.machine();
     let seen = after.seen();
     assert_eq!((seen.cells[0].address, seen.cells[0].life), (address, Life::Lost));
-    assert_eq!(after.stages.whole("tiny").map(|s| s.manifest.guest.address), Some(GUEST));
+    assert_eq!(after.images.known("tiny").map(|k| k.manifest.guest.address), Some(GUEST));
     network.block_on(async {
         after.step(Step::Suspend { instance: instance(0) }).await.unwrap();
         assert_eq!(after.seen().cells[0].life, Life::Ready);
@@ -284,13 +360,13 @@ fn machine_cells_are_found_again_after_the_daemon_was_killed() {
         after.step(Step::DropImage { image: "tiny".into() }).await.unwrap();
     });
     assert_eq!(network.left(), Vec::<String>::new());
-    assert_eq!(std::fs::read_dir(network.dir.path().join("state/images")).unwrap().count(), 0);
+    assert_eq!(network.store("state/store").names().unwrap(), Vec::<String>::new());
 }
 
 #[test]
 fn machine_a_cell_whose_record_cannot_be_read_is_taken_down_by_name() {
     let network = Network::new("s");
-    stage(&network.dir.path().join("state"));
+    stage(&network);
     let before = network.machine();
     network.block_on(before.step(Step::Prepare(spec(0)))).unwrap();
     let folder = before.records.folder(&instance(0));
@@ -307,7 +383,7 @@ fn machine_a_cell_whose_record_cannot_be_read_is_taken_down_by_name() {
 #[test]
 fn machine_an_image_is_not_resumed_as_something_it_is_not() {
     let network = Network::new("f");
-    stage(&network.dir.path().join("state"));
+    stage(&network);
     let machine = network.machine();
     let refusal = |wanted: CellSpec| {
         network.block_on(async {
@@ -327,30 +403,13 @@ fn machine_an_image_is_not_resumed_as_something_it_is_not() {
 #[test]
 fn machine_a_namespace_that_was_deleted_is_built_again() {
     let network = Network::new("c");
-    stage(&network.dir.path().join("state"));
+    stage(&network);
     let machine = network.machine();
     network.block_on(machine.step(Step::Prepare(spec(0)))).unwrap();
     netns::ip_batch(None, &[format!("netns del {}", machine.namespace(&instance(0)))]).unwrap();
     assert_eq!(machine.seen().cells[0].life, Life::Building);
     network.block_on(machine.step(Step::Prepare(spec(0)))).unwrap();
     assert_eq!(machine.seen().cells[0].life, Life::Ready);
-}
-
-#[test]
-fn machine_an_image_cut_short_is_refused_by_name_and_staged_anew() {
-    let network = Network::new("d");
-    let folder = stage(&network.dir.path().join("state"));
-    let mut signed: SignedManifest =
-        serde_json::from_slice(&std::fs::read(folder.join("manifest.json")).unwrap()).unwrap();
-    let mut manifest: Manifest = serde_json::from_str(&signed.manifest).unwrap();
-    manifest.parts.push(Part { kind: PartKind::Memory, size: Bytes(4096), chunk: Bytes(4096), chunks: vec![None] });
-    signed.manifest = serde_json::to_string(&manifest).unwrap();
-    std::fs::write(folder.join("manifest.json"), serde_json::to_vec(&signed).unwrap()).unwrap();
-    std::fs::write(folder.join("memory"), [0; 100]).unwrap();
-    let machine = network.machine();
-    let said = machine.stages.check_sizes("tiny").unwrap_err().to_string();
-    assert!(said.contains("memory has 100 bytes and should have 4096"), "{said}");
-    assert!(machine.stages.whole("tiny").is_none() && !folder.join("whole").exists());
 }
 
 fn tunnelled() -> CellSpec {
@@ -361,7 +420,7 @@ fn tunnelled() -> CellSpec {
 #[test]
 fn machine_a_cell_with_a_back_end_is_ready_when_its_tunnel_is_and_keeps_it_up() {
     let network = Network::new("e");
-    stage(&network.dir.path().join("state"));
+    stage(&network);
     // The last word of a tunnel's command line is its status file.
     let machine = network.machine_with_tunnel(r#"sleep 0.2; echo '{"ready":true}' > "$last"; sleep 30"#);
     network.block_on(async {
@@ -384,7 +443,7 @@ fn machine_a_cell_with_a_back_end_is_ready_when_its_tunnel_is_and_keeps_it_up() 
 #[test]
 fn machine_a_tunnel_that_ends_says_why_the_cell_is_not_ready() {
     let network = Network::new("f");
-    stage(&network.dir.path().join("state"));
+    stage(&network);
     let machine = network.machine_with_tunnel("echo the origin is not there >&2; exit 1");
     let said = network.block_on(machine.step(Step::Prepare(tunnelled()))).unwrap_err();
     assert!(
@@ -393,108 +452,5 @@ fn machine_a_tunnel_that_ends_says_why_the_cell_is_not_ready() {
     );
     assert_eq!(machine.seen().cells[0].life, Life::Building);
     network.block_on(machine.step(Step::Release { instance: instance(0) })).unwrap();
-    assert_eq!(network.left(), Vec::<String>::new());
-}
-
-/// An image that this host could resume, all zeros; `answer_ms` makes one differ from another.
-fn signed(store: &Store, host: &Host, answer_ms: u64) -> SignedManifest {
-    let zeros = |kind, chunks: u64| Part {
-        kind,
-        size: Bytes(chunks << 20),
-        chunk: Bytes(1 << 20),
-        chunks: vec![None; usize::try_from(chunks).unwrap()],
-    };
-    let mut m = manifest();
-    m.machine.memory_mib = 16;
-    m.measured.answer_ms = answer_ms;
-    m.parts = vec![zeros(PartKind::Memory, 16)];
-    m.parts.extend([PartKind::Device, PartKind::Disk, PartKind::Kernel, PartKind::Initrd].map(|k| zeros(k, 1)));
-    // Once for each thing that can differ.
-    for _ in 0..6 {
-        let Err(bad) = check_host(&m, host) else { break };
-        match bad.what {
-            "accelerator" => m.machine.accelerator = bad.has,
-            "QEMU version" => m.machine.qemu_version = bad.has,
-            "machine type" => m.machine.machine_type = bad.has,
-            "CPU model" => m.machine.cpu_model = bad.has,
-            "network back end" => m.machine.netdev = bad.has,
-            _ => m.machine.devices = serde_json::from_str(&bad.has).unwrap(),
-        }
-    }
-    sign::sign(store, &m).unwrap()
-}
-
-/// The origin's store, and how many whole manifests it gave out.
-type Origin = Arc<(Store, AtomicUsize)>;
-
-async fn give(State(o): State<Origin>, Path(name): Path<String>, asked: HeaderMap) -> Response {
-    let image = o.0.image(&name).unwrap().unwrap();
-    let tag = format!("\"{}\"", Digest::of(image.manifest.as_bytes()));
-    if asked.get(IF_NONE_MATCH).is_some_and(|t| t.as_bytes() == tag.as_bytes()) {
-        return StatusCode::NOT_MODIFIED.into_response();
-    }
-    o.1.fetch_add(1, Ordering::SeqCst);
-    ([(ETAG, tag)], Json(image)).into_response()
-}
-
-#[test]
-fn machine_a_newer_image_takes_the_place_of_one_that_nothing_runs_from() {
-    let network = Network::new("g");
-    let origin: Origin = Arc::new((Store::open(network.dir.path().join("store")).unwrap(), AtomicUsize::new(0)));
-    let mut machine = network.machine();
-    let own = Arc::get_mut(&mut machine).unwrap();
-    own.config.images = "http://127.0.0.1:8445".into();
-    own.config.signers = vec![sign::builder_public(&origin.0).unwrap()];
-    let offer = |answer_ms| {
-        let image = signed(&origin.0, &machine.host, answer_ms);
-        origin.0.put_image("tiny", &image).unwrap();
-        Digest::of(image.manifest.as_bytes())
-    };
-    let has = || machine.stages.whole("tiny").map(|s| s.digest);
-    let folders = || std::fs::read_dir(network.dir.path().join("state/images")).unwrap().count();
-    network.block_on(async {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:8445").await.unwrap();
-        let routes = Router::new().route("/v1/images/{name}", get(give)).with_state(origin.clone());
-        tokio::spawn(async move { axum::serve(listener, routes).await });
-        let first = offer(1);
-        machine.step(Step::Stage { service: "tiny".parse().unwrap(), image: "tiny".into() }).await.unwrap();
-        let began = std::time::Instant::now();
-        while has().is_none() {
-            assert!(began.elapsed() < Duration::from_secs(20), "not staged: {:?}", machine.seen().images);
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        machine.renew("tiny").await.unwrap();
-        assert_eq!((has(), origin.1.load(Ordering::SeqCst)), (Some(first), 1), "an unchanged manifest was sent again");
-
-        // A cell keeps the image it was made from.
-        machine.step(Step::Prepare(spec(0))).await.unwrap();
-        let second = offer(2);
-        machine.renew("tiny").await.unwrap();
-        assert_eq!((has(), folders()), (Some(first), 1));
-        let waits = verify(&origin.0.image("tiny").unwrap().unwrap(), &machine.config.signers).unwrap();
-        let folder = network.dir.path().join("state/images/tiny-new");
-        let staged = Staged { manifest: waits.0, digest: waits.1, files: Files::within(&folder) };
-        assert!(!machine.put_in_place("tiny", staged, &folder, &Arc::default()).unwrap(), "taken from under a cell");
-
-        machine.step(Step::Release { instance: instance(0) }).await.unwrap();
-        machine.renew("tiny").await.unwrap();
-        assert_eq!((has(), folders()), (Some(second), 1), "the old image is still there");
-        let seen = machine.seen().images;
-        assert!(seen[0].seen.as_ref().is_some_and(|s| s.digest == second && s.complete()), "{seen:?}");
-
-        // What nobody here trusts is not taken.
-        let mut forged = signed(&origin.0, &machine.host, 3);
-        forged.manifest = forged.manifest.replace("Nehalem", "Penryn!").replace("qemu64", "qemu32");
-        forged.signature = "0".repeat(128);
-        origin.0.put_image("tiny", &forged).unwrap();
-        assert!(machine.renew("tiny").await.is_err());
-        assert_eq!(has(), Some(second));
-    });
-    drop(machine);
-    assert_eq!(
-        network.machine().stages.whole("tiny").map(|s| s.manifest.measured.answer_ms),
-        Some(2),
-        "after a restart"
-    );
     assert_eq!(network.left(), Vec::<String>::new());
 }

@@ -1,78 +1,80 @@
 //! The VM in a cell: spawned, loaded, awakened, checked, let be reached; and put back to sleep.
 //!
 //! ```text
-//! spawn ─▶ load state ─▶ cont ─▶ reseed, step the clock ─▶ healthy ─▶ ports open
+//! spawn ──────────────────────────────┐
+//! manifest ─▶ critical bytes ─▶ pager ─▶ memory served ─▶ load state ─▶ cont ─▶ reseed, clock ─▶ healthy ─▶ ports open
+//!                                        └─ the rest of the image comes while the guest runs ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ▶
 //! ```
 //! Ports open last: before the guest was awakened, two clones would give out the same random bytes.
 
+use super::image::{Known, Level};
 use super::process::{self, Process};
-use super::record::Phase;
-use super::{Machine, cell};
+use super::record::{Phase, Record};
+use super::spawn::{self, Sockets, Waiting};
+use super::{Machine, cell, memory};
 use crate::now;
 use anyhow::{Context, bail};
-use std::os::fd::OwnedFd;
-use std::path::Path;
-use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmatrix_model::InstanceId;
 use vmatrix_model::manifest::{BackendSpec, Manifest};
 use vmatrix_vma_core::cell::{BRIDGE, TAP, close, open};
 use vmatrix_vma_core::steps::CellSpec;
-use vmatrix_vma_image::machine::{Files, QEMU, Run, Start, arguments};
+use vmatrix_vma_image::chunks::Need;
+use vmatrix_vma_image::guest::Awake;
 use vmatrix_vma_image::qmp::Qmp;
 use vmatrix_vma_image::{guest, health, netns};
+use vmatrix_vma_transfer::Class;
 
-/// A resume that is not healthy after so long is given up: without KVM on a loaded machine it takes some seconds.
-const RESUME_LIMIT: Duration = Duration::from_secs(45);
+/// What a guest needs first has some MiB: half a minute at 1 Mbit/s.
+const CRITICAL_LIMIT: Duration = Duration::from_secs(30);
+/// Where a guest was ended because its memory did not come, the next one waits for all of it; not for long, for it
+/// may be resumed elsewhere.
+const STARVED_LIMIT: Duration = Duration::from_secs(8);
+/// A resume that is not healthy after so long is given up: without KVM on a loaded machine it takes some seconds,
+/// and what it needs first may take half a minute to come. The VM agent waits a little longer.
+const RESUME_LIMIT: Duration = Duration::from_secs(70);
 /// Between health checks of a guest that is waking.
 const HEALTH_EVERY: Duration = Duration::from_millis(20);
 /// One health check of a guest that is waking.
 const HEALTH_LIMIT: Duration = Duration::from_secs(3);
 /// QEMU ends in milliseconds when asked; after so long it is made to.
 const QUIT_GRACE: Duration = Duration::from_secs(3);
-
-/// The VM of a namespace: QEMU is given the namespace's name as its own.
-pub fn find(running: &[Process], namespace: &str) -> Option<Process> {
-    let named = |p: &&Process| {
-        p.arguments.first().is_some_and(|a| a.ends_with(QEMU))
-            && p.value("-name").and_then(|v| v.split(',').next()) == Some(namespace)
-    };
-    running.iter().find(named).cloned()
-}
+/// What a guest's clock may be from this machine's before it gets traffic.
+const CLOCK_APART: Duration = Duration::from_millis(50);
 
 impl Machine {
     /// Resumes the VM of a cell, unless it runs and answers.
-    pub(super) async fn resume(&self, instance: &InstanceId) -> anyhow::Result<()> {
-        let began = now();
-        let record =
-            self.records.get(instance).with_context(|| format!("there is no cell {instance}; prepare it first"))?;
-        let namespace = self.namespace(instance);
-        let staged = self
-            .stages
-            .whole(&record.spec.image)
-            .with_context(|| format!("image {} is not staged here", record.spec.image))?;
-        fits(&record.spec, &staged.manifest)?;
-        let guest = &staged.manifest.guest;
-        let inside = netns::path(&namespace);
-        let running = find(&process::all(), &namespace).is_some();
-        if running
+    pub(super) async fn resume(self: &Arc<Self>, instance: &InstanceId) -> anyhow::Result<()> {
+        let (began, deadline) = (now(), tokio::time::Instant::now() + RESUME_LIMIT);
+        let missing = || format!("there is no cell {instance}; prepare it first");
+        let record = self.records.get(instance).with_context(missing)?;
+        let known = self.until(&record.spec.image, Level::Known, CRITICAL_LIMIT).await?;
+        fits(&record.spec, &known.manifest)?;
+        let guest = &known.manifest.guest;
+        let inside = netns::path(&self.namespace(instance));
+        let running = self.find_vm(&record, &process::all());
+        if running.is_some()
             && record.phase == Phase::Healthy
             && health::ask(&inside, guest.address, &guest.health, HEALTH_LIMIT).await.is_ok()
         {
             self.forgive(instance);
             return Ok(());
         }
-        vmatrix_vma_image::machine::check_host(&staged.manifest, &self.host)?;
-        self.stages.check_sizes(&record.spec.image)?;
-        // One that was half resumed when its daemon died may or may not have been awakened.
-        self.end_vm(instance).await?;
+        // One that was half resumed when its daemon died may or may not have been awakened. One that waits since the
+        // cell was made has never run.
+        let waits = running.filter(|_| record.phase == Phase::Ready);
+        if waits.is_none() {
+            self.end_vm(instance).await?;
+        }
         self.records.note(instance, Phase::Resuming, None)?;
         cell::nft(&inside, &close())?;
-        let woken = tokio::time::timeout(RESUME_LIMIT, self.wake(instance, &staged.manifest, &staged.files)).await;
+        let woken = tokio::time::timeout_at(deadline, self.wake(instance, &known, waits)).await;
         let woken = woken.unwrap_or_else(|_| bail!("{instance} was not healthy after {} s", RESUME_LIMIT.as_secs()));
         if let Err(e) = woken {
             self.end_vm(instance).await?;
             self.records.note(instance, Phase::Ready, None)?;
+            self.images.look_again(&record.spec.image);
             return Err(e);
         }
         cell::nft(&inside, &open(&record.spec.ports))?;
@@ -83,45 +85,123 @@ impl Machine {
         Ok(())
     }
 
-    async fn wake(&self, instance: &InstanceId, manifest: &Manifest, files: &Files) -> anyhow::Result<()> {
+    async fn wake(
+        self: &Arc<Self>,
+        instance: &InstanceId,
+        known: &Arc<Known>,
+        waits: Option<Process>,
+    ) -> anyhow::Result<()> {
         let began = Instant::now();
-        let namespace = self.namespace(instance);
-        let folder = self.records.folder(instance);
-        let (qmp, agent, log) = (folder.join("qmp"), folder.join("agent"), folder.join("qemu.log"));
-        let tap = netns::open_tap(&netns::path(&namespace), TAP)?;
-        netns::ip_batch(Some(&namespace), &[format!("link set {TAP} master {BRIDGE}"), format!("link set {TAP} up")])?;
-        let run = Run {
-            name: namespace.clone(),
-            qmp: qmp.clone(),
-            guest_agent: agent.clone(),
-            tap_fd: 0,
-            console: None,
-            start: Start::Clone,
+        let pager = self.pager_for(known);
+        let vm = match waits {
+            Some(vm) => vm,
+            None => {
+                pager.up().await?;
+                self.spawn_waiting(instance, known).await?
+            }
         };
-        spawn(&arguments(manifest, files, &run), tap, &log)?;
-        let dead = |e: vmatrix_vma_image::Error| {
-            anyhow::Error::new(e).context(format!("QEMU of {instance} said: {:?}", process::tail(&log)))
-        };
-        let mut monitor = Qmp::connect(&qmp).await.map_err(dead)?;
+        let record = self.records.get(instance).with_context(|| format!("the cell {instance} is gone"))?;
+        let sockets = self.sockets(&record);
         let spawned = began.elapsed();
-        monitor.load_state(&files.device).await.map_err(dead)?;
+        let qmp = sockets.qmp();
+        let dead = |e: vmatrix_vma_image::Error| {
+            anyhow::Error::new(e).context(format!("QEMU of {instance} said: {:?}", spawn::words(&sockets)))
+        };
+        let monitor = async { Qmp::connect(&qmp).await.map_err(dead) };
+        let memory = async {
+            pager.adopt(&vm).await?;
+            pager.critical().await
+        };
+        let (mut monitor, (), (device, critical)) = tokio::try_join!(monitor, memory, self.needed_first(known, began))?;
+        let served = began.elapsed();
+        monitor.load_state(&device).await.map_err(dead)?;
         monitor.cont().await.map_err(dead)?;
         let loaded = began.elapsed();
-        guest::awaken(&agent)
-            .await
-            .with_context(|| format!("{instance} could not be reseeded, so it gets no traffic"))?;
+        if known.manifest.guest.reseeds {
+            self.awaken(instance, &sockets).await?;
+        }
         let awake = began.elapsed();
-        let inside = netns::path(&namespace);
-        let guest = &manifest.guest;
+        let inside = netns::path(&self.namespace(instance));
+        let guest = &known.manifest.guest;
         while let Err(e) = health::ask(&inside, guest.address, &guest.health, HEALTH_LIMIT).await {
-            if find(&process::all(), &namespace).is_none() {
-                bail!("QEMU of {instance} ended while the guest woke: {}", process::tail(&log));
+            if !process::is_alive(&vm) {
+                bail!("QEMU of {instance} ended while the guest woke: {}", spawn::words(&sockets));
             }
             tracing::debug!(%instance, problem = %e, "not healthy yet");
             tokio::time::sleep(HEALTH_EVERY).await;
         }
-        tracing::debug!(%instance, spawned_ms = spawned.as_millis(), loaded_ms = loaded.as_millis(), awake_ms = awake.as_millis(), healthy_ms = began.elapsed().as_millis(), "woken");
+        tracing::info!(
+            %instance,
+            spawned_ms = spawned.as_millis(),
+            critical_ms = critical.as_millis(),
+            served_ms = served.as_millis(),
+            loaded_ms = loaded.as_millis(),
+            awake_ms = awake.as_millis(),
+            healthy_ms = began.elapsed().as_millis(),
+            "woken"
+        );
         Ok(())
+    }
+
+    /// Gives the guest fresh random bytes and the time.
+    async fn awaken(&self, instance: &InstanceId, sockets: &Sockets) -> anyhow::Result<()> {
+        let awake = guest::awaken(&sockets.agent()).await;
+        let Awake { clock_unix_us, host_unix_us } =
+            awake.with_context(|| format!("{instance} could not be reseeded, so it gets no traffic"))?;
+        let apart = Duration::from_micros(host_unix_us.abs_diff(clock_unix_us));
+        if apart > CLOCK_APART {
+            bail!("the clock of {instance} is {} ms from this machine's, so it gets no traffic", apart.as_millis());
+        }
+        Ok(())
+    }
+
+    /// Starts the QEMU that the guest of a cell will run in.
+    pub(super) async fn spawn_waiting(&self, instance: &InstanceId, known: &Known) -> anyhow::Result<Process> {
+        let name = self.namespace(instance);
+        let tap = netns::open_tap(&netns::path(&name), TAP)?;
+        netns::ip_batch(Some(&name), &[format!("link set {TAP} master {BRIDGE}"), format!("link set {TAP} up")])?;
+        let sockets = Sockets::within(self.records.folder(instance));
+        self.spawn_named(known, &name, &sockets, tap).await
+    }
+
+    /// Starts a QEMU for `known`, in no cell yet.
+    pub(super) async fn spawn_named(
+        &self,
+        known: &Known,
+        name: &str,
+        sockets: &Sockets,
+        tap: std::os::fd::OwnedFd,
+    ) -> anyhow::Result<Process> {
+        let memory = self.memory.prepare(known)?;
+        let pager = self.make_pager_folder(known)?;
+        Waiting { known, name, sockets, memory: &memory, pager: &pager }.spawn(tap).await
+    }
+
+    /// Waits until what the guest needs first is here; answers with its device state, and how long that took.
+    async fn needed_first(
+        self: &Arc<Self>,
+        known: &Known,
+        began: Instant,
+    ) -> anyhow::Result<(std::path::PathBuf, Duration)> {
+        let name = &known.manifest.name;
+        let starved = self.images.lock().get(name).is_some_and(|i| i.starved);
+        let (enough, limit) = if starved { (Level::Whole, STARVED_LIMIT) } else { (Level::Critical, CRITICAL_LIMIT) };
+        self.until(name, enough, limit).await?;
+        let critical = began.elapsed();
+        Ok((self.device_state(known).await?, critical))
+    }
+
+    /// The guest's device state as a file, beside its memory.
+    async fn device_state(&self, known: &Known) -> anyhow::Result<std::path::PathBuf> {
+        let (blob, path) = (&known.manifest.device, self.memory.folder(known).device());
+        if std::fs::metadata(&path).is_ok_and(|m| m.len() == blob.plain.0) {
+            return Ok(path);
+        }
+        let need = Need::blob(blob, known.manifest.seal.is_some());
+        let key = self.owner_key(known).await?;
+        let plain = self.sources.get(&need, Class::Critical, key.as_ref()).await?;
+        memory::write(&path, &plain)?;
+        Ok(path)
     }
 
     /// Puts the VM back to sleep. A replica's writes were to its own copy of memory, which goes with it.
@@ -140,19 +220,26 @@ impl Machine {
         self.records.note(instance, Phase::Ready, None)
     }
 
+    /// The QEMU of a cell.
+    pub(super) fn find_vm(&self, record: &Record, running: &[Process]) -> Option<Process> {
+        spawn::find(running, &self.namespace(&record.spec.instance))
+    }
+
+    fn sockets(&self, record: &Record) -> Sockets {
+        Sockets::within(self.records.folder(&record.spec.instance))
+    }
+
     /// Ends the VM of a cell if one runs: by QMP, then by its id.
     pub(super) async fn end_vm(&self, instance: &InstanceId) -> anyhow::Result<()> {
-        let folder = self.records.folder(instance);
-        if let Some(vm) = find(&process::all(), &self.namespace(instance)) {
-            let asked = async { Qmp::connect(&folder.join("qmp")).await?.quit().await };
+        let sockets = Sockets::within(self.records.folder(instance));
+        if let Some(vm) = spawn::find(&process::all(), &self.namespace(instance)) {
+            let asked = async { Qmp::connect(&sockets.qmp()).await?.quit().await };
             let quit = tokio::time::timeout(QUIT_GRACE, asked).await.is_ok_and(|q| q.is_ok());
             if !(quit && process::gone(&vm, QUIT_GRACE).await) {
                 process::end(&vm, Duration::ZERO).await.with_context(|| format!("cannot end the VM of {instance}"))?;
             }
         }
-        for socket in ["qmp", "agent"] {
-            let _ = std::fs::remove_file(folder.join(socket));
-        }
+        sockets.clear();
         Ok(())
     }
 }
@@ -180,24 +267,5 @@ fn fits(spec: &CellSpec, manifest: &Manifest) -> anyhow::Result<()> {
             b.port
         );
     }
-    Ok(())
-}
-
-/// Starts QEMU in a process group of its own, so that it outlives this daemon. The tap is its
-/// standard input: the one descriptor a child gets without a moment in which others get it too.
-fn spawn(arguments: &[String], tap: OwnedFd, log: &Path) -> anyhow::Result<()> {
-    let output = std::fs::File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
-    let child = tokio::process::Command::new(QEMU)
-        .args(arguments)
-        .stdin(Stdio::from(tap))
-        .stdout(output.try_clone().context("cannot share the log")?)
-        .stderr(output)
-        .process_group(0)
-        .spawn()
-        .with_context(|| {
-            format!("cannot start {QEMU}; install it with `apt-get install -t bookworm-backports qemu-system-x86`")
-        })?;
-    // Dropped, not waited for: the runtime collects it when it ends.
-    drop(child);
     Ok(())
 }

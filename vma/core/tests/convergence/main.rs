@@ -10,7 +10,7 @@ use vmatrix_model::edge_config::EdgeSeen;
 use vmatrix_model::inventory::InstanceState;
 use vmatrix_model::{Generation, MachineId, Span};
 use vmatrix_vma_core::DRAIN_UNKNOWN;
-use vmatrix_vma_core::steps::{Event, Life};
+use vmatrix_vma_core::steps::{Event, Fault, Life};
 use world::{World, assignment};
 
 #[test]
@@ -49,6 +49,54 @@ fn a_resume_after_staging_is_three_steps_and_no_waiting() {
     }
     assert_eq!(w.steps_sent - before, 2, "prepare and resume");
     assert!(w.now.since(began).as_ms() <= 900, "two steps of 300 ms took {}", w.now.since(began));
+}
+
+#[test]
+fn a_resume_where_nothing_is_waits_for_no_staging() {
+    let mut w = World::new(1);
+    w.settle();
+    let began = w.now;
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    while w.serving("maps") == 0 {
+        w.tick();
+    }
+    assert!(w.now.since(began).as_ms() <= 900, "two steps of 300 ms took {}", w.now.since(began));
+    let image = |w: &World| w.inventory.as_ref().unwrap().images[&"maps".parse().unwrap()].clone();
+    assert!(image(&w).resumable && !image(&w).complete());
+    w.settle();
+    assert!(image(&w).complete(), "the rest of the image did not come");
+}
+
+#[test]
+fn a_guest_that_was_ended_for_want_of_memory_is_resumed_where_its_image_comes() {
+    let mut w = World::new(2);
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    while w.serving("maps") == 0 {
+        w.tick();
+    }
+    let home = w.machines.iter().find(|(_, m)| !m.cells.is_empty()).map(|(id, _)| id.clone()).unwrap();
+    let fault = Fault { problem: "no source gave a chunk".into(), hint: String::new(), lasting: false };
+    w.barren.insert(home.clone(), fault);
+    let machine = w.machines.get_mut(&home).unwrap();
+    machine.images.insert("maps".into(), world::CRITICAL);
+    machine.cells.values_mut().for_each(|c| c.life = Life::Lost);
+    w.settle();
+    assert_eq!((w.serving("maps"), w.cells()), (1, 1));
+    assert!(w.machines[&home].cells.is_empty(), "it was resumed where nothing comes");
+}
+
+#[test]
+fn nothing_is_built_where_the_image_is_refused_for_good() {
+    let mut w = World::new(1);
+    let m1: MachineId = "m1".parse().unwrap();
+    w.barren.insert(m1.clone(), Fault { problem: "the disk is full".into(), hint: String::new(), lasting: true });
+    w.tell(Event::Assignment(assignment(1, &[("maps", 1)])));
+    w.pass(Span::secs(60));
+    assert_eq!(w.cells(), 0);
+    assert_eq!(w.inventory.as_ref().unwrap().refused[&"maps".parse().unwrap()], "m1: the disk is full");
+    w.barren.clear();
+    w.settle();
+    assert_eq!(w.serving("maps"), 1);
 }
 
 #[test]

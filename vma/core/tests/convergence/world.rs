@@ -14,6 +14,8 @@ use vmatrix_vma_core::{DRAIN_UNKNOWN, Doubt, Vma};
 const TICK: Span = Span::ms(100);
 
 pub const IMAGE: Bytes = Bytes(100);
+/// What a guest needs before it runs.
+pub const CRITICAL: u64 = 20;
 
 pub struct ToyMachine {
     pub seen: MachineSeen,
@@ -36,6 +38,8 @@ pub struct World {
     pub saved_leaving: BTreeMap<ServiceId, ServiceShare>,
     pub ever_healthy: BTreeSet<Ipv4Addr>,
     pub steps_sent: usize,
+    /// Machines that no source gives anything, with why.
+    pub barren: BTreeMap<MachineId, Fault>,
     /// The next so many steps fail.
     pub fail_next: u32,
     /// Looks of the edge that do not arrive yet.
@@ -105,6 +109,7 @@ impl World {
             saved_leaving: BTreeMap::new(),
             ever_healthy: BTreeSet::new(),
             steps_sent: 0,
+            barren: BTreeMap::new(),
             fail_next: 0,
             deaf_until: Time(0),
             pending: VecDeque::new(),
@@ -186,7 +191,7 @@ impl World {
         for id in ids {
             let heard = self.now >= self.unsubscribed_until && !self.mute.contains(&id);
             if let Some(m) = self.machines.get_mut(&id).filter(|_| heard) {
-                for present in m.images.values_mut() {
+                for present in m.images.values_mut().filter(|_| !self.barren.contains_key(&id)) {
                     *present = (*present + 10).min(IMAGE.0);
                 }
                 let seen = m.seen.clone();
@@ -228,9 +233,10 @@ impl World {
                     present: Bytes(*present),
                     total: IMAGE,
                     fetched: Bytes(*present),
+                    resumable: *present >= CRITICAL,
                 }),
-                fetching: *present < IMAGE.0,
-                trouble: None,
+                fetching: *present < IMAGE.0 && !self.barren.contains_key(id),
+                trouble: self.barren.get(id).filter(|_| *present < IMAGE.0).cloned(),
             })
             .collect();
         let seen = Seen {
@@ -275,12 +281,10 @@ impl World {
                 });
             }
             Step::Resume { instance } => {
+                // As a machine does: it waits for what the guest needs first, and fetches that if nobody did.
+                let present = m.images.entry(instance.service.to_string()).or_insert(0);
+                *present = (*present).max(CRITICAL);
                 if let Some(c) = m.cells.get_mut(instance) {
-                    assert_eq!(
-                        m.images.get(&instance.service.to_string()),
-                        Some(&IMAGE.0),
-                        "resumed from half an image"
-                    );
                     c.life = Life::Healthy;
                     self.ever_healthy.insert(c.address);
                 }

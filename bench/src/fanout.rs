@@ -1,0 +1,115 @@
+//! `bench fanout`: one image to many networks at once; each that has a part gives it to others.
+//!
+//! ```text
+//! origin (store) ─▶ machine 1 … machine N, all at once, each with links to all ─▶ makespan, what the origin sent
+//! ```
+
+use crate::Bench;
+use crate::guests::Kind;
+use crate::product::{self, Fleet, Machine, Setup};
+use crate::report::{Goal, Report, Row, Sample, hundredth, ms};
+use crate::world::{Link, World};
+use std::time::{Duration, Instant};
+
+/// Slow enough that the emulator carries every link at its rate at the same time on one processor.
+const LINK: Link = Link { mbit: 8, rtt_us: 40_000 };
+/// Numbers of networks, after the single one they are compared to.
+const NETWORKS: [usize; 3] = [1, 12, 48];
+const MAKESPAN_MAX: f64 = 2.5;
+const COPIES_MAX: f64 = 3.0;
+const LIMIT: Duration = Duration::from_secs(900);
+
+/// Measures.
+///
+/// # Errors
+/// See [`crate::run`].
+pub fn measure(bench: &mut Bench) -> anyhow::Result<Report> {
+    let mut report = bench.report(
+        "fanout",
+        vec![
+            "real `vmatrix machine` daemons, one a network, all told to stage at the same moment; the origin is a `vmatrix store`; every two sites have a link of their own".to_owned(),
+            "makespan: from the order to the last machine that has all of it; copies: bytes that left the origin over the stored bytes of the image".to_owned(),
+        ],
+    );
+    let networks: &[usize] = if bench.options.quick { &[1, 3] } else { &NETWORKS };
+    let link = if bench.options.quick { Link { mbit: 100, rtt_us: 20_000 } } else { LINK };
+    let mut single = None;
+    for count in networks {
+        if !bench.wants(&format!("tiny/vmatrix/{count}")) {
+            continue;
+        }
+        let mut runs = Vec::new();
+        for run in 0..bench.runs() {
+            let sample = once(bench, link, *count)?;
+            bench.say(&format!("fanout to {count}: run {}: {:.1} s", run + 1, sample.whole_ms / 1e3));
+            runs.push(sample);
+        }
+        let mut row = Row::of("tiny", 128, "vmatrix", &runs);
+        row.link_mbit = Some(link.mbit);
+        row.rtt_ms = Some(link.rtt_us as f64 / 1e3);
+        row.add("networks", *count as u64);
+        // No guest runs here.
+        row.first_byte_ms_median = None;
+        let makespan = row.number("whole_ms_median");
+        if *count == 1 {
+            single = makespan;
+        } else if let (Some(one), Some(all)) = (single, makespan) {
+            row.add("of_single", hundredth(all / one));
+            for (what, seen, most) in [
+                (format!("{count} networks: makespan over a single transfer"), all / one, MAKESPAN_MAX),
+                (
+                    format!("{count} networks: copies sent by the origin"),
+                    row.number("origin_copies_median").unwrap_or(f64::INFINITY),
+                    COPIES_MAX,
+                ),
+            ] {
+                report.goals.push(Goal {
+                    what,
+                    wanted: format!("<= {most}"),
+                    seen: format!("{seen:.2}"),
+                    met: seen <= most,
+                });
+            }
+        }
+        report.rows.push(row);
+    }
+    Ok(report)
+}
+
+fn once(bench: &Bench, link: Link, count: usize) -> anyhow::Result<Sample> {
+    let image = bench.image(Kind::Plain)?;
+    let names: Vec<String> = std::iter::once("o".to_owned()).chain((1..=count).map(|i| format!("n{i}"))).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let world = World::new(&bench.place, &bench.options.program, &names, link, &bench.stop)?;
+    let mut number = [0; 4];
+    getrandom::fill(&mut number).map_err(|e| anyhow::anyhow!("this machine has no random bytes: {e}"))?;
+    let fleet = Fleet::found(bench.place.disk().join(format!("fleet-{:08x}", u32::from_le_bytes(number))))?;
+    let (took, sent) = {
+        let _store = product::start_store(bench, &fleet, world.site(0)?)?;
+        let source = world.site(0)?.address;
+        let setup = Setup { memory_mib: 1024, ..Setup::default() };
+        let machines = (1..=count)
+            .map(|i| Machine::start(bench, &fleet, world.site(i)?, source, &setup))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        world.crossed(&bench.stop)?;
+        let before = world.sent_by("o")?;
+        let name = &image.manifest.name;
+        let began = Instant::now();
+        std::thread::scope(|scope| {
+            let staging: Vec<_> = machines.iter().map(|m| scope.spawn(|| m.stage_whole(bench, name, LIMIT))).collect();
+            staging.into_iter().try_for_each(|s| s.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
+        })?;
+        (began.elapsed(), before)
+    };
+    world.crossed(&bench.stop)?;
+    let sent = world.sent_by("o")?.saturating_sub(sent);
+    let stored = image.manifest.stored().0;
+    let copies = sent as f64 / stored.max(1) as f64;
+    Ok(Sample {
+        first_byte_ms: ms(took),
+        whole_ms: ms(took),
+        bytes_on_wire: Some(sent),
+        more: vec![("origin_copies_median", copies)],
+        ..Sample::default()
+    })
+}

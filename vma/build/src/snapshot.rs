@@ -1,0 +1,222 @@
+//! A guest that ran on from an image ─▶ a child image, of which only what changed is new.
+//!
+//! ```text
+//! memory file + unchanged(page) ─▶ packs of what changed  ┐
+//! the parent's tables ─▶ its packs, for everything else   ┼▶ signed manifest: parent, epoch + 1
+//! device state ─▶ one blob; disk, kernel: the parent's    ┘
+//! ```
+//! The child's tables name all of its packs, also those that only the parent's holders have: whoever resumes it needs
+//! no parent, and does not fetch what it has.
+
+use std::fs;
+use std::path::Path;
+use vmatrix_model::Digest;
+use vmatrix_model::manifest::Manifest;
+use vmatrix_vma_image::chunks::Cutter;
+use vmatrix_vma_image::error::{Error, Result, io};
+use vmatrix_vma_image::memory::{self, Map, Parent};
+use vmatrix_vma_image::seal::OwnerKey;
+use vmatrix_vma_image::{Store, sign};
+
+/// What a child is made from. The guest stands still, and its device state is of the same moment as its memory.
+pub struct Child<'a> {
+    /// Under which the child is put: the parent's to follow it, another to stand beside it.
+    pub name: &'a str,
+    /// The guest's memory; pages that never arrived may be missing.
+    pub memory: &'a Path,
+    /// Device state, as QEMU saved it.
+    pub device: &'a Path,
+    /// The image it ran on from, and its digest.
+    pub parent: (&'a Manifest, Digest),
+    /// Where the parent has its pages; complete.
+    pub map: &'a Map,
+    /// Whether a page is as the parent has it. It must be true of every page that is not in the file, and may be
+    /// false of a page that only might have changed.
+    pub unchanged: &'a (dyn Fn(u32) -> bool + Sync),
+    /// Pages in the order in which the child is expected to touch them; see [`order`].
+    pub order: &'a [u32],
+    /// The owner's key, where the parent is sealed.
+    pub key: Option<&'a OwnerKey>,
+}
+
+/// The working set of an image, in order: where its child begins too, for its pages stay where they are.
+pub fn order(map: &Map) -> Vec<u32> {
+    let packs = map.packs().iter().take(map.working_set());
+    packs.flat_map(|pack| pack.pages().map(|(_, page)| page)).collect()
+}
+
+/// Puts the child into the store, signed by it; returns the manifest and its digest.
+///
+/// # Errors
+/// The key is not the parent's, memory is of another size, or the store is full: then nothing is left in it.
+pub fn snapshot(store: &Store, child: &Child) -> Result<(Manifest, Digest)> {
+    let (parent, parent_digest) = child.parent;
+    let bad = |problem: &str| Error::BadManifest { name: parent.name.clone(), problem: problem.to_owned() };
+    if parent.seal != child.key.map(OwnerKey::id) {
+        return Err(bad("a snapshot of it must be sealed with the same key"));
+    }
+    let size = fs::metadata(child.memory).map_err(io("look at", child.memory))?.len();
+    if size != parent.memory.size.0 || !child.map.is_complete() {
+        return Err(bad("what is to be a snapshot of it has memory of another size, or its map is not complete"));
+    }
+    // Until the manifest is there: nobody else's image can have come to need what is taken out again.
+    let _alone = store.lock()?;
+    let cutter = Cutter::new(store, child.key);
+    let put = put(store, &cutter, child, parent, parent_digest);
+    if put.is_err() {
+        cutter.undo();
+    }
+    put
+}
+
+fn put(store: &Store, cutter: &Cutter, child: &Child, parent: &Manifest, digest: Digest) -> Result<(Manifest, Digest)> {
+    let requests = parent.memory.working_set.requests;
+    let from = Parent { map: child.map, unchanged: child.unchanged };
+    let memory = memory::cut(cutter, child.memory, child.order, requests, Some(&from))?;
+    let device = fs::read(child.device).map_err(io("read", child.device))?;
+    let manifest = Manifest {
+        name: child.name.to_owned(),
+        parent: Some(digest),
+        epoch: parent.epoch + 1,
+        memory,
+        device: cutter.blob(&device, true)?,
+        ..parent.clone()
+    };
+    let signed = sign::sign(store, &manifest)?;
+    store.put_image(&manifest.name, &signed)?;
+    Ok((manifest, Digest::of(signed.manifest.as_bytes())))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+    use vmatrix_model::Bytes;
+    use vmatrix_model::manifest::{FORMAT, GuestSpec, Health, MachineSpec, Measured, Part, PartKind};
+    use vmatrix_vma_image::chunks::DISK_CHUNK;
+    use vmatrix_vma_image::inspect;
+    use vmatrix_vma_image::machine::{MACHINE_TYPE, NETDEV, devices};
+
+    const PAGES: u32 = (64 << 20) / 4096;
+    const MAC: &str = "52:54:00:12:34:56";
+
+    pub(crate) struct Image {
+        dir: tempfile::TempDir,
+        pub store: Store,
+        key: OwnerKey,
+        pub manifest: Manifest,
+        digest: Digest,
+    }
+
+    /// 64 MiB of memory: four MiB of text at 16 MiB, the first of its pages in the working set.
+    pub(crate) fn image() -> Image {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path().join("store")).unwrap();
+        let key = OwnerKey::from_bytes([7; 32]);
+        key.write(inspect::key_path(store.dir(), &key.id())).unwrap();
+        let memory = fs::File::create_new(dir.path().join("memory")).unwrap();
+        memory.set_len(u64::from(PAGES) * 4096).unwrap();
+        for page in 4096..5120u32 {
+            memory.write_all_at(page.to_string().repeat(400).as_bytes(), u64::from(page) * 4096).unwrap();
+        }
+        fs::write(dir.path().join("device"), "device state").unwrap();
+        let cutter = Cutter::new(&store, Some(&key));
+        let part = |kind| -> Part { cutter.part(&dir.path().join("device"), kind, DISK_CHUNK).unwrap() };
+        let manifest = Manifest {
+            format: FORMAT,
+            name: "tiny".to_owned(),
+            recipe: Digest::of(b"recipe"),
+            parent: None,
+            epoch: 0,
+            seal: Some(key.id()),
+            machine: MachineSpec {
+                qemu_version: "10.0.2".to_owned(),
+                machine_type: MACHINE_TYPE.to_owned(),
+                cpu_model: "Nehalem".to_owned(),
+                accelerator: "tcg".to_owned(),
+                smp: 1,
+                memory_mib: 64,
+                devices: devices(MAC),
+                netdev: NETDEV.to_owned(),
+                append: "quiet".to_owned(),
+            },
+            guest: GuestSpec {
+                address: [192, 168, 1, 10].into(),
+                gateway: [192, 168, 1, 1].into(),
+                mac: MAC.to_owned(),
+                ports: vec![80],
+                health: Health { port: 80, path: "/".to_owned(), status: 200 },
+                backends: vec![],
+                reseeds: true,
+            },
+            memory: memory::cut(&cutter, &dir.path().join("memory"), &[4097, 4096], 60, None).unwrap(),
+            device: cutter.blob(b"device state", true).unwrap(),
+            parts: [PartKind::Disk, PartKind::Kernel, PartKind::Initrd].map(part).to_vec(),
+            measured: Measured { boot_ms: 1, answer_ms: 1 },
+        };
+        let signed = sign::sign(&store, &manifest).unwrap();
+        store.put_image("tiny", &signed).unwrap();
+        Image { dir, store, key, manifest, digest: Digest::of(signed.manifest.as_bytes()) }
+    }
+
+    #[test]
+    fn a_child_is_what_changed_and_reads_back_whole() {
+        let image = image();
+        let path = image.dir.path().join("memory");
+        let map = memory::map(&image.manifest, &image.store).unwrap();
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        file.write_all_at(&[9; 4096], 4097 * 4096).unwrap();
+        file.write_all_at(&[8; 4096], 100 * 4096).unwrap();
+        file.write_all_at(&[0; 4096], 5000 * 4096).unwrap();
+        let changed = [4097, 100, 5000];
+        let child = Child {
+            name: "tiny",
+            memory: &path,
+            device: &image.dir.path().join("device"),
+            parent: (&image.manifest, image.digest),
+            map: &map,
+            unchanged: &|page| !changed.contains(&page),
+            order: &order(&map),
+            key: Some(&image.key),
+        };
+        let (manifest, digest) = snapshot(&image.store, &child).unwrap();
+        assert_eq!((manifest.parent, manifest.epoch), (Some(image.digest), 1));
+        assert_eq!(manifest.memory.parent_pages, 1024 - 2, "pages that did not change are stored again");
+        assert_eq!(manifest.memory.zero_pages, u64::from(PAGES) - 1024);
+        let (read, again) =
+            sign::verify(&image.store.image("tiny").unwrap().unwrap(), &[sign::public(&image.store).unwrap()]).unwrap();
+        assert_eq!((&read, again), (&manifest, digest));
+        let new: u64 = {
+            let before: std::collections::BTreeSet<_> = map.packs().iter().map(|p| p.digest).collect();
+            let after = memory::map(&manifest, &image.store).unwrap();
+            after.packs().iter().filter(|p| !before.contains(&p.digest)).map(|p| u64::from(p.stored)).sum()
+        };
+        assert!(new < 1024, "{new} bytes are new for two pages of one byte each");
+        let whole = image.dir.path().join("whole");
+        memory::assemble(&manifest, &image.store, Some(&image.key), &whole).unwrap();
+        assert!(fs::read(&whole).unwrap() == fs::read(&path).unwrap(), "other memory comes back");
+    }
+
+    #[test]
+    fn another_key_or_another_size_makes_no_child() {
+        let image = image();
+        let map = memory::map(&image.manifest, &image.store).unwrap();
+        let path = image.dir.path().join("memory");
+        let child = |key| Child {
+            name: "tiny",
+            memory: &path,
+            device: &path,
+            parent: (&image.manifest, image.digest),
+            map: &map,
+            unchanged: &|_| true,
+            order: &[],
+            key,
+        };
+        let other = OwnerKey::from_bytes([8; 32]);
+        for key in [None, Some(&other)] {
+            assert!(snapshot(&image.store, &child(key)).unwrap_err().to_string().contains("same key"));
+        }
+        fs::File::options().write(true).open(&path).unwrap().set_len(Bytes(32 << 20).0).unwrap();
+        assert!(snapshot(&image.store, &child(Some(&image.key))).unwrap_err().to_string().contains("another size"));
+    }
+}

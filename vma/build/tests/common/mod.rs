@@ -1,0 +1,91 @@
+//! What tests that resume real images share: cells, processes, staging.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should say where")]
+#![allow(dead_code, reason = "each test uses what it needs")]
+
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::Instant;
+use vmatrix_model::manifest::{Manifest, PartKind};
+use vmatrix_vma_build::build;
+use vmatrix_vma_image::chunks::{self, Need};
+use vmatrix_vma_image::machine::{self, Files, Run, Start};
+use vmatrix_vma_image::qmp::Qmp;
+use vmatrix_vma_image::{Store, inspect, memory, netns};
+
+/// Where built images are kept from one run of the tests to the next.
+pub fn kept() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("store")
+}
+
+/// Builds a recipe, or finds its image.
+pub async fn built(recipe: &str) -> (Store, Manifest) {
+    let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join(recipe);
+    let built = build::build(&recipe, &kept(), &build::Options::default()).await.unwrap();
+    let manifest = inspect::inspect(&kept(), &built.name, &[]).unwrap().manifest;
+    machine::check_host(&manifest, &machine::host().unwrap()).unwrap();
+    (Store::read(kept()).unwrap(), manifest)
+}
+
+/// A namespace with a bridge, gone with the test.
+pub struct Cell(pub String);
+
+impl Cell {
+    pub fn new(name: &str, gateway: Ipv4Addr) -> Cell {
+        let name = format!("vmx-test-{}-{name}", std::process::id());
+        netns::ip_batch(None, &[format!("netns add {name}")]).expect("needs root and iproute2");
+        let cell = Cell(name);
+        let lines =
+            ["link add br0 type bridge".into(), format!("address add {gateway}/24 dev br0"), "link set br0 up".into()];
+        netns::ip_batch(Some(&cell.0), &lines).unwrap();
+        cell
+    }
+    pub fn path(&self) -> PathBuf {
+        netns::path(&self.0)
+    }
+}
+impl Drop for Cell {
+    fn drop(&mut self) {
+        let _ = netns::ip_batch(None, &[format!("netns del {}", self.0)]);
+    }
+}
+
+pub struct Process(pub Child);
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+pub fn stage(manifest: &Manifest, store: &Store, dir: &Path) -> Files {
+    let files = Files::within(dir);
+    let key = inspect::owner_key(manifest, store).unwrap();
+    memory::assemble(manifest, store, key.as_ref(), &files.memory).unwrap();
+    let device = Need::blob(&manifest.device, manifest.seal.is_some());
+    let device = chunks::open(&store.chunk(&device.digest).unwrap(), &device, key.as_ref()).unwrap();
+    std::fs::write(&files.device, device).unwrap();
+    chunks::assemble(manifest.part(PartKind::Disk).unwrap(), store, &files.disk).unwrap();
+    files
+}
+
+pub async fn resume(manifest: &Manifest, files: &Files, cell: &Cell, dir: &Path, name: &str) -> (Process, PathBuf) {
+    let tap = netns::open_tap(&cell.path(), "tap0").expect("needs /dev/net/tun");
+    netns::ip_batch(Some(&cell.0), &["link set tap0 master br0 up".into()]).unwrap();
+    let run = Run {
+        name: name.into(),
+        qmp: dir.join(format!("{name}.qmp")),
+        guest_agent: dir.join(format!("{name}.agent")),
+        tap_fd: tap.as_raw_fd(),
+        console: None,
+        start: Start::Clone,
+    };
+    let process = Process(machine::command(&machine::arguments(manifest, files, &run), &tap).spawn().unwrap());
+    let mut qmp = Qmp::connect(&run.qmp).await.unwrap();
+    let began = Instant::now();
+    qmp.load_state(&files.device).await.unwrap();
+    qmp.cont().await.unwrap();
+    eprintln!("{name}: loaded in {:?}", began.elapsed());
+    (process, run.guest_agent)
+}

@@ -1,0 +1,348 @@
+//! The pager as a process: configuration ─▶ image, sources, engine, disk, control; until it is told to end.
+//!
+//! ```text
+//! manifest ─▶ device state, first table ─▶ Engine (working set) ─▶ rest table ─▶ background ─▶ disk chunks
+//!             control socket, NBD socket: open from the first moment, what is asked too early waits
+//! ```
+
+use crate::config::{Config, DiskConfig};
+use crate::control::{self, Answer, Request};
+use crate::disk::Disk;
+use crate::engine::{Engine, Fetch, Options, Status};
+use crate::error::{Error, io, sys};
+use crate::nbd;
+use crate::pushed::Pushed;
+use crate::socket;
+use crate::state::{Class, Hydrate};
+use anyhow::Context;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep};
+use vmatrix_model::Digest;
+use vmatrix_model::manifest::{MANIFEST_MAX, Manifest, PartKind, SignedManifest};
+use vmatrix_vma_image::Store;
+use vmatrix_vma_image::chunks::{Need, decode_table};
+use vmatrix_vma_image::memory::{First, Map, Rest, pages};
+use vmatrix_vma_image::seal::OwnerKey;
+use vmatrix_vma_image::sign;
+use vmatrix_vma_transfer::{Class as Urgency, Sources};
+
+/// Between attempts to fetch what nothing can go on without.
+const AGAIN: Duration = Duration::from_millis(200);
+/// Longest signed manifest: as JSON in JSON, with each quote escaped.
+const SIGNED_MAX: u64 = 2 * MANIFEST_MAX as u64;
+/// Between attempts to fetch what nobody waits for.
+const AHEAD_AGAIN: Duration = Duration::from_secs(2);
+/// Descriptors for several thousand guests.
+const DESCRIPTORS: u64 = 65_536;
+/// An adoption waits so long for the first table.
+const ENGINE_WITHIN: Duration = Duration::from_secs(20);
+
+/// What all tasks of the process share.
+struct Pager {
+    config: Config,
+    manifest: Manifest,
+    sources: Sources,
+    key: Option<OwnerKey>,
+    /// Somebody brings what is needed first.
+    pushed: Option<Arc<Pushed>>,
+    engine: watch::Sender<Option<Arc<Engine>>>,
+    progress: Mutex<Progress>,
+    disk: Option<Arc<Disk>>,
+    end: Notify,
+}
+
+/// How far the process is beside its engine.
+#[derive(Default)]
+struct Progress {
+    /// Device state is in the local store.
+    device: bool,
+    /// Every chunk of the disk is in the local store, or there is no disk.
+    disk: bool,
+    /// What nothing goes on without, since when it is tried for, and why it does not come.
+    trouble: Option<(Instant, String)>,
+}
+
+/// Serves one image until it is told to end, or gets SIGTERM or SIGINT.
+///
+/// # Errors
+/// The configuration cannot be read, the image is not trusted, or another pager serves its files.
+pub async fn run(config: &Path) -> anyhow::Result<()> {
+    let config = Config::read(config)?;
+    raise_descriptors();
+    let mut text = String::new();
+    let file = std::fs::File::open(&config.image).map_err(io("open", &config.image))?;
+    file.take(SIGNED_MAX).read_to_string(&mut text).map_err(io("read", &config.image))?;
+    let signed: SignedManifest =
+        serde_json::from_str(&text).with_context(|| format!("{} is not a signed manifest", config.image.display()))?;
+    let (manifest, digest) = sign::verify(&signed, &config.signers)?;
+    let sources = Sources::from_config(&config.sources, Store::open(&config.store)?)?;
+    let key = match (&config.key, manifest.seal) {
+        (Some(path), _) => Some(OwnerKey::read(path)?),
+        (None, Some(id)) => Some(sources.key(id).await?),
+        (None, None) => None,
+    };
+    // Only whoever holds this replaces the sockets of an earlier process.
+    let _alone = alone(&config.control)?;
+    let (table, chunks) = watch::channel(None);
+    let pushed = Pushed::from_environment(sources.local_store()).map(Arc::new);
+    let fetch = fetch(&sources, None, None);
+    let disk = match (&config.disk, manifest.part(PartKind::Disk)) {
+        (Some(DiskConfig { file, .. }), Some(part)) => Some(Arc::new(Disk::open(file, part.clone(), chunks, fetch)?)),
+        (Some(_), None) => anyhow::bail!("image {} has no disk to serve; leave `disk` out", manifest.name),
+        (None, _) => None,
+    };
+    let nbd = config.disk.as_ref().map(|disk| socket::listen(&disk.socket, 0o666)).transpose()?;
+    let listener = socket::listen(&config.control, 0o600)?;
+    tracing::info!(image = manifest.name, digest = %digest, memory = %config.memory.display(), "pager begins");
+    let pager = Arc::new(Pager {
+        config,
+        manifest,
+        sources,
+        key,
+        pushed,
+        engine: watch::Sender::new(None),
+        progress: Mutex::default(),
+        disk,
+        end: Notify::new(),
+    });
+    if let (Some(nbd), Some(disk)) = (nbd, &pager.disk) {
+        let known = pager.clone();
+        let allowed = move |pid| known.engine.borrow().as_ref().is_some_and(|engine| engine.is_adopted(pid));
+        tokio::spawn(nbd::serve(nbd, disk.clone(), Arc::new(allowed)));
+    }
+    let asked = pager.clone();
+    tokio::spawn(control::serve(listener, move |request| {
+        let pager = asked.clone();
+        async move { pager.answer(request).await }
+    }));
+    let device = pager.clone();
+    tokio::spawn(async move { device.fetch_device().await });
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    tokio::select! {
+        result = pager.bring(table) => {
+            result?;
+            pager.end.notified().await;
+        }
+        () = pager.end.notified() => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!(image = pager.manifest.name, "pager ends");
+    Ok(())
+}
+
+/// Takes the lock beside a control socket, as long as it is held.
+fn alone(control: &Path) -> anyhow::Result<Flock<std::fs::File>> {
+    let path = control.with_extension("lock");
+    let file = std::fs::File::create(&path).map_err(io("make", &path))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(
+            |(_, e)| if e == Errno::EWOULDBLOCK { Error::Taken { path: path.clone() } } else { sys("lock", &path)(e) },
+        )
+        .map_err(anyhow::Error::from)
+}
+
+/// Each guest takes four descriptors, and the usual limit is 1024.
+fn raise_descriptors() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most.min(DESCRIPTORS), most));
+    if let Err(e) = raised {
+        tracing::warn!(error = %e, "cannot raise the limit of descriptors; some 200 guests can be served");
+    }
+}
+
+/// A fetch from the sources, the local store first; where somebody pushes, what is needed first is waited for.
+fn fetch(sources: &Sources, key: Option<OwnerKey>, pushed: Option<Arc<Pushed>>) -> Fetch {
+    let sources = sources.clone();
+    Arc::new(move |need: Need, class| {
+        let (sources, key) = (sources.clone(), key.clone());
+        let pushed = pushed.clone().filter(|_| class == Class::Critical);
+        let class = match class {
+            Class::Miss => Urgency::Miss,
+            Class::Critical => Urgency::Critical,
+            Class::Background => Urgency::Background,
+        };
+        Box::pin(async move {
+            if let Some(pushed) = pushed {
+                pushed.wait(&need.digest).await;
+            }
+            let got = sources.get(&need, class, key.as_ref()).await;
+            got.map_err(|e| format!("{:#}", anyhow::Error::new(e)))
+        })
+    })
+}
+
+type Table = Option<Arc<Vec<Option<vmatrix_model::manifest::Chunk>>>>;
+
+impl Pager {
+    /// Brings everything, in order of need; returns when all is here.
+    async fn bring(&self, table: watch::Sender<Table>) -> anyhow::Result<()> {
+        let pages = pages(&self.manifest)?;
+        let first = self.blob(&Need::blob(&self.manifest.memory.first, false)).await;
+        let map = Map::new(pages, First::decode(&first, pages)?)?;
+        let config = &self.config;
+        let hydrate = Hydrate {
+            working_set: config.working_set && !config.record,
+            background: config.background && config.working_set && !config.record,
+            background_mbit: config.background_mbit,
+            background_from: std::process::id().wrapping_mul(0x9e37_79b9) >> 8,
+            precise: config.record,
+        };
+        let options = Options {
+            hydrate,
+            shared: config.shared,
+            // A guest whose disk is here needs this process anyway.
+            release: config.disk.is_none(),
+            sealed: self.manifest.seal.is_some(),
+            stuck_after: Duration::from_millis(config.stuck_ms),
+            ..Options::default()
+        };
+        let engine = Arc::new(Engine::start(
+            &config.memory,
+            map,
+            options,
+            fetch(&self.sources, self.key.clone(), self.pushed.clone()),
+        )?);
+        self.engine.send_replace(Some(engine.clone()));
+        let rest = self.blob(&Need::blob(&self.manifest.memory.rest, false)).await;
+        engine.complete(Rest::decode(&rest, pages)?).await?;
+        if let Some(part) = self.manifest.part(PartKind::Disk).filter(|_| self.disk.is_some()) {
+            let chunks = decode_table(part, &self.blob(&Need::blob(&part.table, false)).await)?;
+            let needs = chunks.iter().enumerate();
+            let needs: Vec<Need> = needs.filter_map(|(i, c)| Some(Need::part(part, i, c.as_ref()?))).collect();
+            table.send_replace(Some(Arc::new(chunks)));
+            if config.background && config.working_set {
+                self.bring_disk(&engine, needs).await;
+            }
+        }
+        self.progress().disk = true;
+        Ok(())
+    }
+
+    /// Has every chunk of the disk in the local store, behind all of memory.
+    async fn bring_disk(&self, engine: &Engine, needs: Vec<Need>) {
+        while !engine.status().hydrated {
+            sleep(AGAIN).await;
+        }
+        let local = self.sources.local_store().clone();
+        let missing = move || {
+            let missing = needs.into_iter().filter(|need| !local.has(&need.digest));
+            missing.map(|need| (need.digest, need)).collect()
+        };
+        let missing = tokio::task::spawn_blocking(missing);
+        let mut missing: BTreeMap<Digest, Need> = missing.await.unwrap_or_default();
+        while !missing.is_empty() {
+            let mut fill = self.sources.fill(missing.values().copied().collect(), None);
+            while let Some(got) = fill.next().await {
+                match got {
+                    Ok(arrived) => drop(missing.remove(&arrived.need.digest)),
+                    Err(e) => tracing::debug!(error = %e, "a chunk of the disk does not come ahead of need"),
+                }
+            }
+            if !missing.is_empty() {
+                sleep(AHEAD_AGAIN).await;
+            }
+        }
+    }
+
+    async fn fetch_device(&self) {
+        self.blob(&Need::blob(&self.manifest.device, self.manifest.seal.is_some())).await;
+        self.progress().device = true;
+    }
+
+    /// Gets what nothing goes on without; tries for ever, and says so after a while.
+    async fn blob(&self, need: &Need) -> Vec<u8> {
+        if let Some(pushed) = &self.pushed {
+            pushed.wait(&need.digest).await;
+        }
+        loop {
+            match self.sources.get(need, Urgency::Critical, self.key.as_ref().filter(|_| need.sealed)).await {
+                Ok(plain) => {
+                    self.progress().trouble = None;
+                    return plain;
+                }
+                Err(e) => {
+                    let why = format!("{:#}", anyhow::Error::new(e));
+                    tracing::debug!(digest = %need.digest, why, "a blob did not come");
+                    let mut progress = self.progress();
+                    let since = progress.trouble.as_ref().map_or_else(Instant::now, |(since, _)| *since);
+                    progress.trouble = Some((since, why));
+                }
+            }
+            sleep(AGAIN).await;
+        }
+    }
+
+    async fn answer(&self, request: Request) -> Answer {
+        let result = match request {
+            Request::Status => return Answer::Status(self.status()),
+            Request::Quit => {
+                self.end.notify_one();
+                return Answer::Done;
+            }
+            request => self.ask_engine(request).await,
+        };
+        result.unwrap_or_else(|e| Answer::Failed(format!("{e:#}")))
+    }
+
+    async fn ask_engine(&self, request: Request) -> anyhow::Result<Answer> {
+        let mut engines = self.engine.subscribe();
+        let engine = tokio::time::timeout(ENGINE_WITHIN, engines.wait_for(Option::is_some)).await;
+        let engine = engine.context("the first table of the image has not come yet")??.clone();
+        let engine = engine.context("there is no engine")?;
+        // Those that ask the kernel about every page take milliseconds.
+        let ask = |ask: fn(&Engine, i32) -> crate::Result<Answer>, pid| {
+            let engine = engine.clone();
+            tokio::task::spawn_blocking(move || ask(&engine, pid))
+        };
+        Ok(match request {
+            Request::Adopt { pid } => {
+                engine.adopt(pid).await?;
+                Answer::Done
+            }
+            Request::Recorded => Answer::Pages(engine.recorded().await?),
+            Request::Pause { paused } => {
+                engine.pause_background(paused)?;
+                self.sources.pause_background(paused);
+                Answer::Done
+            }
+            Request::Protect { pid } => ask(|engine, pid| engine.protect(pid).map(|()| Answer::Done), pid).await??,
+            Request::Dirty { pid } => {
+                let runs = |engine: &Engine, pid| {
+                    let runs = engine.dirty(pid)?;
+                    Ok(Answer::Runs(runs.into_iter().map(|run| (run.start, run.end)).collect()))
+                };
+                ask(runs, pid).await??
+            }
+            Request::Status | Request::Quit => Answer::Done,
+        })
+    }
+
+    fn status(&self) -> Status {
+        let mut status = self.engine.borrow().as_ref().map(|engine| engine.status()).unwrap_or_default();
+        let progress = self.progress();
+        status.critical &= progress.device;
+        status.hydrated &= progress.device && progress.disk;
+        let limit = Duration::from_millis(self.config.stuck_ms);
+        let late = |since: &Duration| *since >= limit;
+        let trouble = progress.trouble.as_ref().map(|(since, why)| (since.elapsed(), why.clone()));
+        let disk = self.disk.as_ref().and_then(|disk| disk.trouble());
+        let trouble = trouble.into_iter().chain(disk).find(|(since, _)| late(since)).map(|(_, why)| why);
+        status.stuck = status.stuck.or(trouble);
+        status
+    }
+
+    fn progress(&self) -> std::sync::MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
