@@ -73,6 +73,8 @@ fn machine_a_server_is_reached_through_the_network_it_left_and_a_killed_end_come
     assert_eq!(line.say("x").unwrap().1.to_string(), "198.19.5.2", "the guest sees another client");
 
     site.kill(end);
+    // What the killed end had said is not so any more.
+    std::fs::remove_file(site.folder.path().join("right.json")).unwrap();
     start(&mut site, "new", "right", (&right, "169.254.77.2/30", "198.19.1.2"), (&left, "198.19.1.1"));
     site.until("the new end is ready", || ready(&site, "right"));
     site.ip("right", "route replace default dev rly0");
