@@ -268,6 +268,7 @@ impl<'a> Machine<'a> {
             ports: guest.ports.clone(),
             backends: vec![],
             memory_mib: image.manifest.machine.memory_mib,
+            singleton: None,
         };
         let began = Instant::now();
         let seen = self.step(&Step::Prepare(spec))?;

@@ -190,8 +190,12 @@ pub struct Chunk {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PartKind {
-    /// Root disk, read-only for ever.
+    /// Root disk, read-only for ever; over a base, what the service adds to it.
     Disk,
+    /// The operating system below the root disk, read-only for ever, and the same in all images on that base.
+    Base,
+    /// What a singleton writes: a disk of which a snapshot has the chunks that changed.
+    Data,
     Kernel,
     Initrd,
     /// What the back end held when the guest was warmed: SQL, for the origin.

@@ -239,6 +239,7 @@ impl Machine {
             memory_mib: record.spec.memory_mib,
             resumed_in: record.resumed_in.filter(|_| record.phase == Phase::Healthy),
             trouble,
+            holds: None,
         }
     }
 

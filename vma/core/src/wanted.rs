@@ -88,6 +88,7 @@ pub fn spec(instance: InstanceId, share: &ServiceShare) -> CellSpec {
         ports: share.ports.clone(),
         backends,
         memory_mib: share.memory_mib,
+        singleton: None,
     }
 }
 

@@ -122,6 +122,7 @@ impl Machine {
             memory_mib: c.memory_mib,
             resumed_in: c.resumed_in,
             trouble: None,
+            holds: None,
         });
         let images = self.images.iter().map(|(image, s)| StagedSeen {
             image: image.clone(),

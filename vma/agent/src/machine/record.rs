@@ -193,6 +193,7 @@ mod tests {
             ports: vec![80],
             backends: vec![],
             memory_mib: 512,
+            singleton: None,
         }
     }
 

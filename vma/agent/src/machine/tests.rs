@@ -164,6 +164,7 @@ fn spec(number: u32) -> CellSpec {
         ports: vec![DECLARED],
         backends: vec![],
         memory_mib: 128,
+        singleton: None,
     }
 }
 

@@ -277,6 +277,7 @@ impl World {
                         memory_mib: spec.memory_mib,
                         resumed_in: None,
                         trouble: None,
+                        holds: None,
                     }
                 });
             }
