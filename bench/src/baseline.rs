@@ -91,10 +91,8 @@ pub fn whole_image_zstd(scene: &Scene<'_>, packed: &Packed, world: &World, run: 
     let folder = bench.place.memory().join("unpacked");
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let files = Files::within(&folder);
-    let memory = File::create(&files.memory).and_then(|f| f.set_len(packed.memory).map(|()| f));
-    let memory = memory.with_context(|| format!("cannot make {}", files.memory.display()))?;
-    // Kept from the run before it would be there already.
-    File::create(&files.disk).and_then(|f| f.set_len(packed.disk)).context("cannot make the disk")?;
+    // QEMU opens them before the first byte comes.
+    let unpacked = packed.lay_empty(&folder)?;
     let spec = &scene.image.manifest.machine;
     let mut target =
         Vm::start(runtime, spec, &files, scene.target, bench.place.memory(), (Ram::Clone, Begin::Waiting))?;
@@ -105,7 +103,7 @@ pub fn whole_image_zstd(scene: &Scene<'_>, packed: &Packed, world: &World, run: 
     let answered = std::thread::scope(|scope| {
         let sender = scope.spawn(|| send(&listener, &packed.file, &bench.stop));
         let answered = scene.watch(&request, began, || {
-            receive(scene.target_site, from.into(), packed, &memory, &files)?;
+            receive(scene.target_site, from.into(), &unpacked)?;
             load = Some(target.load_state(runtime, &files.device)?);
             target.cont(runtime)
         });
@@ -121,39 +119,52 @@ pub fn whole_image_zstd(scene: &Scene<'_>, packed: &Packed, world: &World, run: 
     sample
 }
 
-/// A whole image as one compressed file: memory, device state, disk.
+/// A whole image as one compressed file: memory, device state, disks.
 #[derive(Debug)]
 pub struct Packed {
     pub file: PathBuf,
-    pub memory: u64,
-    pub device: u64,
-    pub disk: u64,
+    /// Name and bytes of each file in it, in their order.
+    pub parts: Vec<(PathBuf, u64)>,
 }
 
 impl Packed {
-    /// Compresses an image's files into `file`.
+    /// Compresses files into `file`.
     ///
     /// # Errors
     /// A file cannot be read, or the disk is full.
-    pub fn make(files: &Files, file: PathBuf, stop: &Stop) -> anyhow::Result<Packed> {
-        let length = |path: &Path| std::fs::metadata(path).map(|m| m.len()).with_context(|| path.display().to_string());
-        let sizes = [length(&files.memory)?, length(&files.device)?, length(&files.disk)?];
+    pub fn make(files: &[PathBuf], file: PathBuf, stop: &Stop) -> anyhow::Result<Packed> {
         let out = File::create(&file).with_context(|| format!("cannot make {}", file.display()))?;
         let mut packer = zstd::stream::write::Encoder::new(out, LEVEL).context("zstd does not begin")?;
         let mut piece = vec![0; PIECE];
-        for path in [&files.memory, &files.device, &files.disk] {
+        let mut parts = Vec::new();
+        for path in files {
             let mut from = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+            let mut size = 0;
             loop {
                 stop.check()?;
                 match from.read(&mut piece).with_context(|| format!("cannot read {}", path.display()))? {
                     0 => break,
-                    n => packer.write_all(piece.get(..n).unwrap_or_default()).context("cannot compress")?,
+                    n => {
+                        size += n as u64;
+                        packer.write_all(piece.get(..n).unwrap_or_default()).context("cannot compress")?;
+                    }
                 }
             }
+            parts.push((path.file_name().map(PathBuf::from).unwrap_or_default(), size));
         }
         packer.finish().context("cannot compress")?;
-        let [memory, device, disk] = sizes;
-        Ok(Packed { file, memory, device, disk })
+        Ok(Packed { file, parts })
+    }
+
+    /// Its files in `folder`, of their size and empty.
+    fn lay_empty(&self, folder: &Path) -> anyhow::Result<Vec<(File, u64)>> {
+        let lay = |(name, size): &(PathBuf, u64)| {
+            let path = folder.join(name);
+            // Kept from the run before it would be there already.
+            let made = File::create(&path).and_then(|f| f.set_len(*size).map(|()| f));
+            Ok((made.with_context(|| format!("cannot make {}", path.display()))?, *size))
+        };
+        self.parts.iter().map(lay).collect()
     }
 }
 
@@ -172,16 +183,14 @@ fn send(listener: &TcpListener, file: &Path, stop: &Stop) -> anyhow::Result<()> 
 }
 
 /// Unpacks what comes into the files, leaving holes where it is zero.
-fn receive(inside: &Namespace, from: SocketAddr, packed: &Packed, memory: &File, files: &Files) -> anyhow::Result<()> {
+fn receive(inside: &Namespace, from: SocketAddr, files: &[(File, u64)]) -> anyhow::Result<()> {
     let stream = inside.run(|| TcpStream::connect_timeout(&from, REQUEST_LIMIT))?.context("cannot reach the source")?;
     stream.set_read_timeout(Some(REQUEST_LIMIT)).context("cannot receive")?;
     let mut unpacker = zstd::stream::read::Decoder::new(stream).context("zstd does not begin")?;
-    let device = File::create(&files.device).context("cannot make the device state")?;
-    let disk = File::options().write(true).open(&files.disk).context("cannot open the disk")?;
     let mut piece = vec![0; PIECE];
-    for (file, size) in [(memory, packed.memory), (&device, packed.device), (&disk, packed.disk)] {
+    for (file, size) in files {
         let mut at = 0;
-        while at < size {
+        while at < *size {
             let here = piece.get_mut(..(size - at).min(PIECE as u64) as usize).unwrap_or_default();
             unpacker.read_exact(here).context("the image breaks off")?;
             for (i, page) in here.chunks(PAGE).enumerate().filter(|(_, p)| p.iter().any(|b| *b != 0)) {
@@ -199,7 +208,7 @@ impl Scene<'_> {
     /// # Errors
     /// See [`crate::guests::Kind::request`].
     pub fn request(&self, run: u64) -> anyhow::Result<Request> {
-        self.image.kind.request(self.image.manifest.guest.address, &self.bench.options.recipes, run)
+        self.image.kind.request(self.image.manifest.guest.address, &self.bench.known, run)
     }
 
     /// Asks from `began` on while `work` brings the guest.

@@ -7,6 +7,7 @@
 
 use crate::report::ms;
 use crate::stop::Stop;
+use crate::tls;
 use anyhow::{Context, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -17,18 +18,22 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vmatrix_lab::namespace::Namespace;
 
-/// Least time between the beginnings of two tries.
-const EVERY: Duration = Duration::from_millis(5);
 /// A try that was not taken up is given up after so long.
 const LIFE: Duration = Duration::from_millis(120);
 
 /// Largest answer.
 const ANSWER_MAX: usize = 16 << 20;
+/// Bytes of a wrong answer that are shown.
+const SHOWN: usize = 80;
+/// Read at a time.
+const PIECE: usize = 64 << 10;
 
 /// What is asked, and what is right.
 #[derive(Debug, Clone)]
 pub struct Request {
     pub to: SocketAddrV4,
+    /// The name TLS is spoken with; none: plain HTTP.
+    pub tls: Option<&'static str>,
     /// Path with query.
     pub path: String,
     /// Further header lines, each with its line end.
@@ -45,6 +50,8 @@ pub enum Right {
     Length(usize),
     /// The body is a whole PNG picture.
     Picture,
+    /// The body holds these words, which only the database at the origin has.
+    Holds(String),
 }
 
 /// How many tries may be under way.
@@ -62,6 +69,15 @@ impl Pace {
         match self {
             Pace::Bare => 3,
             Pace::Guarded => 6,
+        }
+    }
+
+    /// Least time between the beginnings of two tries. Where they are dropped on the way they are spread over the
+    /// life of one: a dropped try is sent again by the kernel a second later only, so a young one is always needed.
+    fn every(self) -> Duration {
+        match self {
+            Pace::Bare => Duration::from_millis(5),
+            Pace::Guarded => LIFE / 6,
         }
     }
 }
@@ -103,8 +119,7 @@ pub fn ask_here(request: &Request, limit: Duration) -> anyhow::Result<Answered> 
     let began = Instant::now();
     let stream = TcpStream::connect_timeout(&request.to.into(), limit)
         .with_context(|| format!("{} does not take a connection", request.to))?;
-    let first = send_and_wait(&stream, request, limit)?;
-    finish(stream, request, began, first, limit)
+    Talk::begin(stream, request, limit)?.finish(request, began, limit)
 }
 
 fn tries(request: &Request, pace: Pace, began: Instant, limit: Duration, stop: &Stop) -> anyhow::Result<Answered> {
@@ -119,7 +134,7 @@ fn tries(request: &Request, pace: Pace, began: Instant, limit: Duration, stop: &
             if pending.len() < pace.tries() {
                 pending.push((now, begin(request.to)?));
             }
-            next = now + EVERY;
+            next = now + pace.every();
         }
         for ready in ready(&mut pending, next.saturating_duration_since(now))? {
             // Refused or reset: whoever is there is not ready yet.
@@ -134,8 +149,8 @@ fn tries(request: &Request, pace: Pace, began: Instant, limit: Duration, stop: &
             let stream = TcpStream::from(ready);
             stream.set_nonblocking(false).context("cannot wait on a connection")?;
             let left = limit.saturating_sub(began.elapsed()).max(Duration::from_millis(1));
-            match send_and_wait(&stream, request, left) {
-                Ok(first) => return finish(stream, request, began, first, left),
+            match Talk::begin(stream, request, left) {
+                Ok(talk) => return talk.finish(request, began, left),
                 Err(e) => trouble = format!("{e:#}"),
             }
         }
@@ -170,50 +185,64 @@ fn ready(pending: &mut Vec<(Instant, OwnedFd)>, wait: Duration) -> anyhow::Resul
     Ok(out)
 }
 
-/// Sends the request and returns when its first byte was there, with that byte left to read.
-fn send_and_wait(mut stream: &TcpStream, request: &Request, limit: Duration) -> anyhow::Result<Instant> {
-    stream.set_nodelay(true).context("cannot set a connection up")?;
-    stream.set_read_timeout(Some(limit)).context("cannot set a connection up")?;
-    let text = format!(
-        "GET {} HTTP/1.0\r\nHost: {}\r\nConnection: close\r\n{}\r\n",
-        request.path,
-        request.to.ip(),
-        request.headers
-    );
-    stream.write_all(text.as_bytes()).with_context(|| format!("cannot ask {}", request.to))?;
-    let mut one = [0; 1];
-    match stream.peek(&mut one) {
-        Ok(0) => bail!("{} closed the connection without an answer", request.to),
-        Ok(_) => Ok(Instant::now()),
-        Err(e) => Err(e).with_context(|| format!("{} does not answer", request.to)),
-    }
+/// Where bytes of HTTP go and come from.
+trait Stream: Read + Write {}
+impl<T: Read + Write> Stream for T {}
+
+/// A request whose answer has begun.
+struct Talk {
+    stream: Box<dyn Stream>,
+    /// The same connection, for its time limits.
+    socket: TcpStream,
+    first: Instant,
+    bytes: Vec<u8>,
 }
 
-fn finish(
-    stream: TcpStream,
-    request: &Request,
-    began: Instant,
-    first: Instant,
-    limit: Duration,
-) -> anyhow::Result<Answered> {
-    let until = Instant::now() + limit;
-    let mut bytes = Vec::new();
-    let mut piece = vec![0; 64 << 10];
-    let mut stream = &stream;
-    loop {
-        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        stream.set_read_timeout(Some(left)).context("cannot set a connection up")?;
-        match stream.read(&mut piece).with_context(|| format!("{} broke off", request.path))? {
-            0 => break,
-            n => bytes.extend_from_slice(piece.get(..n).unwrap_or_default()),
+impl Talk {
+    /// Sends the request and returns when the first byte of its answer was there.
+    fn begin(socket: TcpStream, request: &Request, limit: Duration) -> anyhow::Result<Talk> {
+        socket.set_nodelay(true).context("cannot set a connection up")?;
+        socket.set_read_timeout(Some(limit)).context("cannot set a connection up")?;
+        let copy = socket.try_clone().context("cannot set a connection up")?;
+        let mut stream: Box<dyn Stream> = match request.tls {
+            None => Box::new(copy),
+            Some(host) => Box::new(tls::over(copy, host)?),
+        };
+        let host = request.tls.map_or_else(|| request.to.ip().to_string(), str::to_owned);
+        let text =
+            format!("GET {} HTTP/1.0\r\nHost: {host}\r\nConnection: close\r\n{}\r\n", request.path, request.headers);
+        stream.write_all(text.as_bytes()).with_context(|| format!("cannot ask {}", request.to))?;
+        let mut bytes = vec![0; PIECE];
+        match stream.read(&mut bytes) {
+            Ok(0) => bail!("{} closed the connection without an answer", request.to),
+            Ok(n) => bytes.truncate(n),
+            Err(e) => return Err(e).with_context(|| format!("{} does not answer", request.to)),
         }
-        if bytes.len() > ANSWER_MAX || Instant::now() > until {
-            bail!("{} answers without end", request.path);
-        }
+        Ok(Talk { stream, socket, first: Instant::now(), bytes })
     }
-    let whole = began.elapsed();
-    check(&bytes, request)?;
-    Ok(Answered { first_byte_ms: ms(first.saturating_duration_since(began)), whole_ms: ms(whole) })
+
+    /// Reads the rest and checks all of it; times count from `began`.
+    fn finish(mut self, request: &Request, began: Instant, limit: Duration) -> anyhow::Result<Answered> {
+        let until = Instant::now() + limit;
+        let mut piece = vec![0; PIECE];
+        loop {
+            let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            self.socket.set_read_timeout(Some(left)).context("cannot set a connection up")?;
+            match self.stream.read(&mut piece) {
+                Ok(0) => break,
+                Ok(n) => self.bytes.extend_from_slice(piece.get(..n).unwrap_or_default()),
+                // Of TLS: closed without a farewell. Whether anything is missing is seen below.
+                Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => break,
+                Err(e) => return Err(e).with_context(|| format!("{} broke off", request.path)),
+            }
+            if self.bytes.len() > ANSWER_MAX || Instant::now() > until {
+                bail!("{} answers without end", request.path);
+            }
+        }
+        let whole = began.elapsed();
+        check(&self.bytes, request)?;
+        Ok(Answered { first_byte_ms: ms(self.first.saturating_duration_since(began)), whole_ms: ms(whole) })
+    }
 }
 
 /// Whether an answer is the right one.
@@ -229,10 +258,12 @@ fn check(answer: &[u8], request: &Request) -> anyhow::Result<()> {
     let right = match &request.right {
         Right::Body(wanted) => body == wanted,
         Right::Length(wanted) => body.len() == *wanted,
+        Right::Holds(words) => body.windows(words.len().max(1)).any(|w| w == words.as_bytes()),
         Right::Picture => body.starts_with(b"\x89PNG\r\n") && body.ends_with(b"IEND\xaeB`\x82"),
     };
     if !right {
-        bail!("{}: the answer's body of {} bytes is not the right one", request.path, body.len());
+        let begin = String::from_utf8_lossy(body.get(..body.len().min(SHOWN)).unwrap_or_default()).into_owned();
+        bail!("{}: the answer's body of {} bytes is not the right one; it begins {begin:?}", request.path, body.len());
     }
     Ok(())
 }
@@ -243,7 +274,7 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener};
 
     fn request(to: SocketAddrV4, right: Right) -> Request {
-        Request { to, path: "/x".into(), headers: String::new(), right }
+        Request { to, tls: None, path: "/x".into(), headers: String::new(), right }
     }
 
     fn serve(listener: TcpListener, answers: Vec<&'static [u8]>) {
@@ -291,6 +322,7 @@ mod tests {
             (b"HTTP/1.0 200 OK\r\n\r\nhell", Right::Body(b"hello".to_vec())),
             (b"HTTP/1.0 200 OK\r\n\r\nhello", Right::Length(4)),
             (b"HTTP/1.0 200 OK\r\n\r\nhello", Right::Picture),
+            (b"HTTP/1.0 200 OK\r\n\r\nhello", Right::Holds("help".to_owned())),
             (b"HTTP/1.0 200 OK", Right::Length(0)),
         ] {
             let (listener, to) = local();

@@ -5,16 +5,20 @@
 //! ```
 
 use crate::Bench;
+use crate::fleet::{Fleet, start_store};
 use crate::guests::Kind;
-use crate::product::{self, Fleet, Machine, Setup};
-use crate::report::{Goal, Report, Row, Sample, hundredth, ms};
+use crate::product::{Machine, Setup};
+use crate::report::{Goal, Key, Report, Row, Sample, hundredth, ms};
 use crate::world::{Link, World};
+use anyhow::bail;
 use std::time::{Duration, Instant};
 
 /// Slow enough that the emulator carries every link at its rate at the same time on one processor.
 const LINK: Link = Link { mbit: 8, rtt_us: 40_000 };
-/// Numbers of networks, after the single one they are compared to.
-const NETWORKS: [usize; 3] = [1, 12, 48];
+/// Numbers of networks unless others are asked for; the single one is what they are compared to.
+pub const NETWORKS: [usize; 2] = [12, 48];
+/// As many as the lab's emulator has sites for, with the origin.
+const NETWORKS_MAX: usize = 200;
 const MAKESPAN_MAX: f64 = 2.5;
 const COPIES_MAX: f64 = 3.0;
 const LIMIT: Duration = Duration::from_secs(900);
@@ -31,49 +35,62 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<Report> {
             "makespan: from the order to the last machine that has all of it; copies: bytes that left the origin over the stored bytes of the image".to_owned(),
         ],
     );
-    let networks: &[usize] = if bench.options.quick { &[1, 3] } else { &NETWORKS };
     let link = if bench.options.quick { Link { mbit: 100, rtt_us: 20_000 } } else { LINK };
-    let mut single = None;
-    for count in networks {
-        if !bench.wants(&format!("tiny/vmatrix/{count}")) {
-            continue;
-        }
+    let asked = if bench.options.quick { vec![3] } else { bench.scope.networks.clone() };
+    if let Some(count) = asked.iter().find(|n| !(1..=NETWORKS_MAX).contains(*n)) {
+        bail!("an image fans out to 1 to {NETWORKS_MAX} networks, not to {count}");
+    }
+    let mut counts = vec![1];
+    counts.extend(asked.into_iter().filter(|n| *n != 1));
+    for count in counts.into_iter().filter(|n| bench.wants(&format!("tiny/vmatrix/{n}"))) {
         let mut runs = Vec::new();
         for run in 0..bench.runs() {
-            let sample = once(bench, link, *count)?;
+            let sample = once(bench, link, count)?;
             bench.say(&format!("fanout to {count}: run {}: {:.1} s", run + 1, sample.whole_ms / 1e3));
             runs.push(sample);
         }
-        let mut row = Row::of("tiny", 128, "vmatrix", &runs);
+        let image = bench.image(Kind::Plain)?;
+        let mut row = Row::of("tiny", image.manifest.machine.memory_mib, "vmatrix", &runs);
         row.link_mbit = Some(link.mbit);
         row.rtt_ms = Some(link.rtt_us as f64 / 1e3);
-        row.add("networks", *count as u64);
+        row.add("image", image.manifest.name.clone());
+        row.add("load", hundredth(crate::load()));
+        row.add("networks", count as u64);
+        row.add("image_bytes", image.manifest.stored().0);
         // No guest runs here.
         row.first_byte_ms_median = None;
-        let makespan = row.number("whole_ms_median");
-        if *count == 1 {
-            single = makespan;
-        } else if let (Some(one), Some(all)) = (single, makespan) {
-            row.add("of_single", hundredth(all / one));
-            for (what, seen, most) in [
-                (format!("{count} networks: makespan over a single transfer"), all / one, MAKESPAN_MAX),
-                (
-                    format!("{count} networks: copies sent by the origin"),
-                    row.number("origin_copies_median").unwrap_or(f64::INFINITY),
-                    COPIES_MAX,
-                ),
-            ] {
-                report.goals.push(Goal {
-                    what,
-                    wanted: format!("<= {most}"),
-                    seen: format!("{seen:.2}"),
-                    met: seen <= most,
-                });
-            }
-        }
-        report.rows.push(row);
+        bench.keep(&mut report, vec![row])?;
     }
     Ok(report)
+}
+
+/// Every row of the whole form.
+pub fn plan() -> Vec<Key> {
+    let row = |count: usize| Key {
+        guest: "tiny".to_owned(),
+        ram_mib: Kind::Plain.ram_mib(),
+        link_mbit: Some(LINK.mbit),
+        rtt_us: Some(LINK.rtt_us),
+        mechanism: "vmatrix".to_owned(),
+        of: Some(count.to_string()),
+    };
+    std::iter::once(1).chain(NETWORKS).map(row).collect()
+}
+
+/// The goals, against what the rows have.
+pub fn goals(rows: &[Row]) -> Vec<Goal> {
+    let find = |count: usize| rows.iter().find(|r| r.number("networks") == Some(count as f64));
+    let single = find(1).and_then(|r| r.number("whole_ms_median"));
+    let mut goals = Vec::new();
+    for count in NETWORKS {
+        let row = find(count);
+        let all = row.and_then(|r| r.number("whole_ms_median"));
+        let ratio = all.zip(single).map(|(all, one)| hundredth(all / one));
+        goals.push(Goal::at_most(format!("{count} networks: makespan over a single transfer's"), MAKESPAN_MAX, ratio));
+        let copies = row.and_then(|r| r.number("origin_copies_median"));
+        goals.push(Goal::at_most(format!("{count} networks: origin's bytes over the image's"), COPIES_MAX, copies));
+    }
+    goals
 }
 
 fn once(bench: &Bench, link: Link, count: usize) -> anyhow::Result<Sample> {
@@ -85,7 +102,7 @@ fn once(bench: &Bench, link: Link, count: usize) -> anyhow::Result<Sample> {
     getrandom::fill(&mut number).map_err(|e| anyhow::anyhow!("this machine has no random bytes: {e}"))?;
     let fleet = Fleet::found(bench.place.disk().join(format!("fleet-{:08x}", u32::from_le_bytes(number))))?;
     let (took, sent) = {
-        let _store = product::start_store(bench, &fleet, world.site(0)?)?;
+        let _store = start_store(bench, &fleet, world.site(0)?)?;
         let source = world.site(0)?.address;
         let setup = Setup { memory_mib: 1024, ..Setup::default() };
         let machines = (1..=count)

@@ -8,6 +8,7 @@
 //! which its web server serves.
 
 use anyhow::{Context, bail};
+use base64::Engine;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
@@ -25,10 +26,28 @@ pub enum Kind {
     /// `tiny` with so many MiB of memory and text in it.
     Tiny(u64),
     Maps,
+    /// Its data stay in a database at the origin, and each of its answers is read from there.
+    Agenda,
+    /// What is written to it stays in it.
+    Ledger,
 }
 
 /// Every guest of the relocation table, in its order.
-pub const ALL: [Kind; 4] = [Kind::Tiny(512), Kind::Tiny(2048), Kind::Tiny(8192), Kind::Maps];
+pub const ALL: [Kind; 5] = [Kind::Tiny(512), Kind::Tiny(2048), Kind::Tiny(8192), Kind::Maps, Kind::Agenda];
+
+/// Entries of the calendar that `agenda` was warmed with: `warm-0` to `warm-11`.
+const ENTRIES: u64 = 12;
+/// Whom its recipe warms it as.
+const AGENDA_USER: &str = "admin:vmatrix-demo";
+
+/// What a bench knows of right answers.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// Folder of the recipes, whose pages are served.
+    pub recipes: PathBuf,
+    /// A word that a bench writes into the database at the origin when it begins: no guest can have it in memory.
+    pub mark: String,
+}
 
 impl Kind {
     /// Name of its image.
@@ -38,6 +57,8 @@ impl Kind {
             Kind::Tiny(mib) if mib % 1024 == 0 => format!("tiny-{}g", mib / 1024),
             Kind::Tiny(mib) => format!("tiny-{mib}m"),
             Kind::Maps => "maps".to_owned(),
+            Kind::Agenda => "agenda".to_owned(),
+            Kind::Ledger => "ledger".to_owned(),
         }
     }
 
@@ -46,6 +67,18 @@ impl Kind {
         match self {
             Kind::Plain | Kind::Tiny(_) => "tiny",
             Kind::Maps => "maps",
+            Kind::Agenda => "agenda",
+            Kind::Ledger => "ledger",
+        }
+    }
+
+    /// Its memory as the recipes have it, MiB.
+    pub fn ram_mib(self) -> u64 {
+        match self {
+            Kind::Plain | Kind::Ledger => 128,
+            Kind::Tiny(mib) => mib,
+            Kind::Maps => 512,
+            Kind::Agenda => 384,
         }
     }
 
@@ -54,7 +87,7 @@ impl Kind {
         match self {
             Kind::Tiny(mib) if mib < 1024 => 200,
             Kind::Tiny(_) => 1024,
-            Kind::Plain | Kind::Maps => 0,
+            Kind::Plain | Kind::Maps | Kind::Agenda | Kind::Ledger => 0,
         }
     }
 
@@ -82,17 +115,41 @@ impl Kind {
     ///
     /// # Errors
     /// The page that must come cannot be read.
-    pub fn request(self, to: Ipv4Addr, recipes: &Path, run: u64) -> anyhow::Result<Request> {
-        let (path, right) = match self {
+    pub fn request(self, to: Ipv4Addr, known: &Known, run: u64) -> anyhow::Result<Request> {
+        let plain = |path: String, right| Request {
+            to: SocketAddrV4::new(to, 80),
+            tls: None,
+            path,
+            headers: String::new(),
+            right,
+        };
+        Ok(match self {
             Kind::Plain | Kind::Tiny(_) => {
-                let page = recipes.join("tiny/index.html");
+                let page = known.recipes.join("tiny/index.html");
                 let body = fs::read(&page).with_context(|| format!("cannot read {}", page.display()))?;
-                ("/index.html".to_owned(), Right::Body(body))
+                plain("/index.html".to_owned(), Right::Body(body))
+            }
+            Kind::Ledger => {
+                let page = known.recipes.join("ledger/index.html");
+                let body = fs::read(&page).with_context(|| format!("cannot read {}", page.display()))?;
+                plain("/index.html".to_owned(), Right::Body(body))
             }
             // Another part of the world each time, none of those it was warmed with.
-            Kind::Maps => (format!("/map?west=-{0}.7&south=-3{0}&east=9{0}.3&north=4{0}.1", run % 9), Right::Picture),
-        };
-        Ok(Request { to: SocketAddrV4::new(to, 80), path, headers: String::new(), right })
+            Kind::Maps => {
+                plain(format!("/map?west=-{0}.7&south=-3{0}&east=9{0}.3&north=4{0}.1", run % 9), Right::Picture)
+            }
+            Kind::Agenda => {
+                let entry = run % ENTRIES;
+                let user = base64::engine::general_purpose::STANDARD.encode(AGENDA_USER);
+                Request {
+                    to: SocketAddrV4::new(to, 443),
+                    tls: Some("agenda"),
+                    path: format!("/caldav.php/admin/calendar/warm-{entry}.ics"),
+                    headers: format!("Authorization: Basic {user}\r\n"),
+                    right: Right::Holds(summary(&known.mark, entry)),
+                }
+            }
+        })
     }
 
     /// A request for 16 KiB of the text that nobody asked for before; none where there is no text.
@@ -102,12 +159,29 @@ impl Kind {
             let (item, begin) = ((run * 37 + 11) % items, (run * 7919 % 60) << 14);
             Request {
                 to: SocketAddrV4::new(to, 80),
+                tls: None,
                 path: format!("/data/item.{item}"),
                 headers: format!("Range: bytes={begin}-{}\r\n", begin + (16 << 10) - 1),
                 right: Right::Length(16 << 10),
             }
         })
     }
+}
+
+/// What an entry of the calendar says once a mark was set.
+fn summary(mark: &str, entry: u64) -> String {
+    format!("SUMMARY:{mark} {entry}")
+}
+
+/// SQL that sets a mark in every entry of `agenda`'s calendar, whatever marks were set before, and answers how many
+/// entries have it.
+pub fn set_mark(mark: &str) -> String {
+    // Without quotes: it is a literal within SQL.
+    let mark: String = mark.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').collect();
+    format!(
+        "UPDATE caldav_data SET caldav_data = regexp_replace(caldav_data, 'SUMMARY:[^ ]+ ', 'SUMMARY:{mark} ');\n\
+         SELECT count(*) FROM caldav_data WHERE caldav_data LIKE '%SUMMARY:{mark} %';\n"
+    )
 }
 
 /// `tiny`'s recipe with another name, memory, and text in a tmpfs.
@@ -214,14 +288,37 @@ impl Image {
         let need = chunks::Need::blob(&self.manifest.device, self.manifest.seal.is_some());
         let device = chunks::open(&store.chunk(&need.digest)?, &need, key.as_ref())?;
         fs::write(&files.device, device).with_context(|| format!("cannot write {}", files.device.display()))?;
-        for (kind, path) in
-            [(PartKind::Disk, &files.disk), (PartKind::Kernel, &files.kernel), (PartKind::Initrd, &files.initrd)]
-        {
-            let part = self.manifest.part(kind).with_context(|| format!("the image has no {kind:?}"))?;
-            chunks::assemble(part, store, path)?;
+        for part in &self.manifest.parts {
+            if let Some(name) = file_name(part.kind) {
+                chunks::assemble(part, store, &folder.join(name))?;
+            }
         }
         fs::write(&done, b"").with_context(|| format!("cannot write {}", done.display()))?;
         Ok(files)
+    }
+}
+
+impl Image {
+    /// The laid-out files that a copy must carry: memory, device state, disks.
+    pub fn carried(&self, files: &Files) -> Vec<PathBuf> {
+        let disks = [PartKind::Disk, PartKind::Base, PartKind::Data];
+        let here = disks.into_iter().filter(|kind| self.manifest.part(*kind).is_some()).filter_map(file_name);
+        [files.memory.clone(), files.device.clone()]
+            .into_iter()
+            .chain(here.map(|name| files.disk.with_file_name(name)))
+            .collect()
+    }
+}
+
+/// What a part's file is called, beside the others; none for what no machine needs.
+fn file_name(kind: PartKind) -> Option<&'static str> {
+    match kind {
+        PartKind::Disk => Some("disk"),
+        PartKind::Base => Some("base"),
+        PartKind::Data => Some("data"),
+        PartKind::Kernel => Some("kernel"),
+        PartKind::Initrd => Some("initrd"),
+        PartKind::BackendSeed => None,
     }
 }
 
@@ -245,6 +342,15 @@ mod tests {
     }
 
     #[test]
+    fn the_recipes_have_the_memory_that_rows_are_known_by() {
+        for kind in [Kind::Plain, Kind::Maps, Kind::Agenda, Kind::Ledger] {
+            let dir = tempfile::tempdir().unwrap();
+            let (recipe, _) = vmatrix_vma_build::recipe::read(&kind.recipe(&recipes(), dir.path()).unwrap()).unwrap();
+            assert_eq!(recipe.memory_mib, kind.ram_mib(), "{}", recipe.name);
+        }
+    }
+
+    #[test]
     fn a_recipe_that_is_not_as_expected_is_refused() {
         let error = sized("name = \"other\"", "tiny-512m", 512, 200).unwrap_err().to_string();
         assert!(error.contains("name = \\\"tiny\\\""), "{error}");
@@ -252,10 +358,21 @@ mod tests {
 
     #[test]
     fn each_run_asks_a_guest_that_computes_for_something_else() {
-        let ask = |run| Kind::Maps.request(Ipv4Addr::LOCALHOST, &recipes(), run).unwrap().path;
-        assert_ne!(ask(0), ask(1));
+        let known = Known { recipes: recipes(), mark: "m-1".to_owned() };
+        for kind in [Kind::Maps, Kind::Agenda] {
+            let ask = |run| kind.request(Ipv4Addr::LOCALHOST, &known, run).unwrap().path;
+            assert_ne!(ask(0), ask(1));
+        }
         let cold = |run| Kind::Tiny(512).cold_request(Ipv4Addr::LOCALHOST, run).unwrap();
         assert_ne!(cold(0).path, cold(1).path);
         assert!(Kind::Maps.cold_request(Ipv4Addr::LOCALHOST, 0).is_none());
+    }
+
+    #[test]
+    fn an_answer_of_the_agenda_is_right_only_with_the_mark_of_this_bench() {
+        let known = Known { recipes: recipes(), mark: "m-1".to_owned() };
+        let request = Kind::Agenda.request(Ipv4Addr::LOCALHOST, &known, 14).unwrap();
+        assert_eq!(request.right, Right::Holds("SUMMARY:m-1 2".to_owned()));
+        assert!(set_mark("m'-1").contains("'SUMMARY:m-1 '"), "{}", set_mark("m'-1"));
     }
 }

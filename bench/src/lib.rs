@@ -9,19 +9,24 @@ pub mod baseline;
 pub mod client;
 pub mod density;
 pub mod fanout;
+pub mod fleet;
 pub mod guests;
 #[cfg(feature = "libvirt")]
 pub mod libvirt;
 pub mod limit;
+pub mod origin;
 pub mod page;
 pub mod place;
 pub mod process;
 pub mod product;
 pub mod relocate;
 pub mod report;
+pub mod results;
 pub mod resume;
+pub mod singleton;
 pub mod snapshot;
 pub mod stop;
+pub mod tls;
 pub mod vm;
 pub mod wire;
 pub mod world;
@@ -29,9 +34,9 @@ pub mod world;
 pub use page::markdown;
 pub use report::Report;
 
-use crate::guests::{Image, Kind};
+use crate::guests::{Image, Kind, Known};
 use crate::place::Place;
-use crate::report::Machine;
+use crate::report::{Machine, Row};
 use crate::stop::Stop;
 use anyhow::{Context, bail};
 use std::path::PathBuf;
@@ -39,7 +44,7 @@ use tokio::runtime::Runtime;
 use vmatrix_vma_image::{Store, machine};
 
 /// Every bench, in the order of `docs/benchmarks.md`.
-pub const NAMES: [&str; 5] = ["relocate", "resume", "density", "wire", "fanout"];
+pub const NAMES: [&str; 6] = ["relocate", "resume", "density", "wire", "fanout", "singleton"];
 /// Runs of each row unless options say otherwise.
 const RUNS: u64 = 5;
 
@@ -56,56 +61,104 @@ pub struct Options {
     pub quick: bool,
     /// Only rows whose `guest/mechanism/link` contains one of these; all if empty.
     pub rows: Vec<String>,
-    /// Runs of each row, instead of five.
+    /// Runs of each row, instead of five; of `singleton` the relocations in a row, instead of 200.
     pub runs: Option<u64>,
 }
 
-/// Runs a bench to its end and takes down everything it made, however it ends.
+/// What of a bench is run, where it has a number to choose, and where its rows are kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scope {
+    /// Clones that `density` keeps alive at the same time.
+    pub clones: u32,
+    /// Numbers of networks that `fanout` brings the image to.
+    pub networks: Vec<usize>,
+    /// A result file that gets the rows as soon as they are whole: a run of hours that is interrupted has not been
+    /// for nothing. See [`results::into`].
+    pub into: Option<PathBuf>,
+}
+
+impl Default for Scope {
+    fn default() -> Scope {
+        Scope { clones: density::CLONES, networks: fanout::NETWORKS.to_vec(), into: None }
+    }
+}
+
+/// Runs a bench in its usual scope; see [`run_scope`].
+///
+/// # Errors
+/// As [`run_scope`].
+pub fn run(name: &str, options: &Options) -> anyhow::Result<Report> {
+    run_scope(name, options, &Scope::default())
+}
+
+/// Runs a bench to its end and takes down everything it made, however it ends. The report has what was measured now,
+/// and what the result file had before, if there is one.
 ///
 /// # Errors
 /// There is no bench of that name, the machine lacks something, a mechanism gives a wrong answer, or SIGINT
 /// or SIGTERM came.
-pub fn run(name: &str, options: &Options) -> anyhow::Result<Report> {
+pub fn run_scope(name: &str, options: &Options, scope: &Scope) -> anyhow::Result<Report> {
     // On a thread of its own: programs it starts live as long as it, and the caller may be inside a runtime.
-    std::thread::scope(|scope| {
-        let worker =
-            std::thread::Builder::new().name("bench".to_owned()).spawn_scoped(scope, || run_here(name, options));
+    std::thread::scope(|threads| {
+        let worker = std::thread::Builder::new()
+            .name("bench".to_owned())
+            .spawn_scoped(threads, || run_here(name, options, scope));
         worker.context("cannot start a thread")?.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
 
-fn run_here(name: &str, options: &Options) -> anyhow::Result<Report> {
+fn run_here(name: &str, options: &Options, scope: &Scope) -> anyhow::Result<Report> {
     let measure = match name {
         "relocate" => relocate::measure,
         "resume" => resume::measure,
         "density" => density::measure,
         "wire" => wire::measure,
         "fanout" => fanout::measure,
+        "singleton" => singleton::measure,
         _ => bail!("there is no bench {name:?}; there are {}", NAMES.join(", ")),
     };
-    let mut bench = Bench::new(options.clone())?;
-    let mut report = measure(&mut bench)?;
-    if options.quick {
-        // Those are of the whole form.
-        report.goals.clear();
+    if let Some(file) = scope.into.as_ref().filter(|f| f.exists()) {
+        // Better now than after an hour.
+        results::read(file)?;
     }
-    report.machine.load = [bench.machine.load[0], load()];
-    Ok(report)
+    let mut bench = Bench::new(options.clone(), scope.clone())?;
+    let mut report = measure(&mut bench)?;
+    bench.conclude(&mut report);
+    match &scope.into {
+        Some(file) => results::into(file, report),
+        None => Ok(report),
+    }
+}
+
+/// The command line that measures this, for a reader who wants to repeat it.
+fn command(name: &str, options: &Options, scope: &Scope) -> String {
+    let mut words = vec![format!("vmatrix bench {name} --json")];
+    words.extend(options.quick.then(|| "--quick".to_owned()));
+    words.extend(options.runs.map(|runs| format!("--runs {runs}")));
+    words.extend(options.rows.iter().map(|row| format!("--rows {row}")));
+    match name {
+        "density" => words.push(format!("--clones {}", scope.clones)),
+        "fanout" => words.extend(scope.networks.iter().map(|n| format!("--networks {n}"))),
+        _ => {}
+    }
+    words.join(" ")
 }
 
 /// A bench that runs, and what all of them need.
 pub struct Bench {
     pub options: Options,
+    pub scope: Scope,
     pub runtime: Runtime,
     pub stop: Stop,
     pub store: Store,
     pub machine: Machine,
+    pub known: Known,
     // Last: what it clears away, the others may still hold.
     pub place: Place,
 }
 
 impl Bench {
-    fn new(options: Options) -> anyhow::Result<Bench> {
+    fn new(options: Options, scope: Scope) -> anyhow::Result<Bench> {
         if !nix::unistd::geteuid().is_root() {
             bail!("a bench makes namespaces and runs QEMU: run it as root");
         }
@@ -121,7 +174,8 @@ impl Bench {
             load: [load(); 2],
         };
         let store = Store::open(&options.store)?;
-        Ok(Bench { runtime, stop, store, machine: seen, place: Place::claim()?, options })
+        let known = Known { recipes: options.recipes.clone(), mark: format!("bench-{}", std::process::id()) };
+        Ok(Bench { runtime, stop, store, machine: seen, known, place: Place::claim()?, scope, options })
     }
 
     /// A guest's image, built if it is not there.
@@ -153,6 +207,30 @@ impl Bench {
         self.options.rows.is_empty() || self.options.rows.iter().any(|r| row.contains(r.as_str()))
     }
 
+    /// Adds rows that are whole to a report, and to the result file at once.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn keep(&self, report: &mut Report, rows: Vec<Row>) -> anyhow::Result<()> {
+        if let Some(file) = &self.scope.into {
+            let mut now = Report { rows: rows.clone(), ..report.clone() };
+            self.conclude(&mut now);
+            results::into(file, now)?;
+        }
+        report.rows.extend(rows);
+        Ok(())
+    }
+
+    /// What follows from a report's rows, and the load until now.
+    fn conclude(&self, report: &mut Report) {
+        let (name, now) = (report.bench.clone(), load());
+        // Those are of the whole form.
+        report.goals = if report.quick { Vec::new() } else { results::goals(&name, &report.rows) };
+        report.commands = vec![command(&name, &self.options, &self.scope)];
+        let began = self.machine.load[0];
+        report.machine.load = [began.min(now), began.max(now)];
+    }
+
     /// A report without rows yet.
     pub fn report(&self, name: &str, conditions: Vec<String>) -> Report {
         Report {
@@ -160,6 +238,7 @@ impl Bench {
             quick: self.options.quick,
             machine: self.machine.clone(),
             conditions,
+            commands: Vec::new(),
             rows: Vec::new(),
             goals: Vec::new(),
         }

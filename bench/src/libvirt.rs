@@ -1,4 +1,5 @@
-//! `virsh save` and `virsh restore` of the same guest, by a libvirt daemon of the bench's own.
+//! `virsh save` and `virsh restore` of the same guest, and the product's mechanism under libvirt, by a daemon of the
+//! bench's own.
 
 use crate::baseline::Scene;
 use crate::client::{self, Pace};
@@ -12,8 +13,10 @@ use vmatrix_vma_image::machine::Start;
 use vmatrix_vma_libvirt::daemon::Daemon;
 use vmatrix_vma_libvirt::{Hypervisor, Libvirt as Driver, Parts, Spawn, Tap};
 
-/// Name of the domain.
+/// Name of the domain that is saved and restored.
 const NAME: &str = "vmb-plain";
+/// Name of the one whose memory is mapped.
+const INSTANT: &str = "vmb-instant";
 /// Its tap beside the bridge.
 const TAP: &str = "tap1";
 /// The guest boots and makes its data.
@@ -81,6 +84,35 @@ impl Libvirt {
         });
         let sample = answered.and_then(|answered| scene.after(answered, run, load, 0));
         runtime.block_on(self.driver.quit(NAME))?;
+        sample
+    }
+
+    /// Starts a domain that maps the memory file, loads the device state beside it, and ends it again.
+    ///
+    /// # Errors
+    /// libvirt's or QEMU's own words, or no correct answer.
+    pub fn instant(&self, scene: &Scene<'_>, run: u64) -> anyhow::Result<Sample> {
+        let runtime = &scene.bench.runtime;
+        let spawn = Spawn {
+            name: INSTANT,
+            machine: &scene.image.manifest.machine,
+            parts: Parts::Whole(scene.files),
+            start: Start::Clone,
+            tap: self.tap(scene),
+            environment: &[],
+        };
+        let began = Instant::now();
+        let mut load = None;
+        let answered = scene.watch(&scene.request(run)?, began, || {
+            let vm = runtime.block_on(self.driver.spawn(&spawn))?;
+            self.tie(scene)?;
+            let loading = Instant::now();
+            runtime.block_on(self.driver.load_state(&vm, &scene.files.device))?;
+            load = Some(loading.elapsed());
+            Ok(runtime.block_on(self.driver.cont(&vm))?)
+        });
+        let sample = answered.and_then(|answered| scene.after(answered, run, load, 0));
+        runtime.block_on(self.driver.quit(INSTANT))?;
         sample
     }
 

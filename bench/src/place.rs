@@ -59,6 +59,27 @@ impl Place {
         &self.memory
     }
 
+    /// A folder on disk that other users may search and read: for a database, which belongs to one of them.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn open_folder(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let folder = disk_base().join(format!("{PREFIX}{}-open", self.id));
+        let within = folder.join(name);
+        match fs::remove_dir_all(&within) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(e).with_context(|| format!("cannot empty {}", within.display()));
+            }
+            _ => {}
+        }
+        let mut make = fs::DirBuilder::new();
+        make.recursive(true)
+            .mode(0o711)
+            .create(&within)
+            .with_context(|| format!("cannot make {}", within.display()))?;
+        Ok(within)
+    }
+
     /// Ends every program that runs in a namespace whose name begins with `prefix`, or names `folder`, and takes
     /// those namespaces away: what a daemon leaves that was meant to outlive it.
     pub fn clear(&self, prefix: &str, folder: &Path) {
@@ -113,6 +134,7 @@ fn clear(id: &str) {
     for base in [disk_base(), memory_base()] {
         // Where both bases are one folder it is gone already.
         let _ = fs::remove_dir_all(base.join(&name));
+        let _ = fs::remove_dir_all(base.join(format!("{name}-open")));
     }
 }
 

@@ -1,14 +1,14 @@
-//! The product as it is deployed: `vmatrix store` at the source, `vmatrix machine` at the target, driven as a VM
-//! agent drives it.
+//! `vmatrix machine` at the target, driven as a VM agent drives it.
 //!
 //! ```text
-//! fleet: one authority, one token ─▶ store (source) ══ warm mTLS connection ══ machine (target, empty)
+//! store (source) ══ warm mTLS connection ══ machine (target, empty)
 //! order ─▶ POST /v1/step prepare (cell; the image begins to come) ─▶ POST /v1/step resume ─▶ client: answer
 //! ```
 //! A machine is started anew, with an empty state folder, for each run that must find a cold network.
 
 use crate::Bench;
 use crate::client::{self, Pace, Request};
+use crate::fleet::{Fleet, ORIGIN_PORT, START_LIMIT, STORE_PORT, daemon, until_listening};
 use crate::guests::Image;
 use crate::place::Place;
 use crate::process::Running;
@@ -16,24 +16,22 @@ use crate::report::Sample;
 use crate::stop::Stop;
 use crate::world::Site;
 use anyhow::{Context, bail};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use vmatrix_model::InstanceId;
-use vmatrix_vma_core::steps::{CellSpec, Outcome, Seen, Step};
+use vmatrix_model::assignment::Singleton;
+use vmatrix_model::inventory::ImageSeen;
+use vmatrix_vma_core::steps::{BackendAddress, CellSpec, Outcome, Seen, Step};
 use vmatrix_vma_image::sign;
-use vmatrix_vma_transfer::identity::{Authority, Role};
+use vmatrix_vma_transfer::identity::Role;
 
-const STORE_PORT: u16 = 8446;
 const MACHINE_PORT: u16 = 8451;
 /// Where a machine gives others what it has.
 const PEER_PORT: u16 = 8452;
-/// A daemon is up in half a second, on a busy machine some more.
-const START_LIMIT: Duration = Duration::from_secs(30);
 /// What a step may take: the machine gives up before.
 const STEP_LIMIT: Duration = Duration::from_secs(90);
 /// One request of a guest that runs.
@@ -44,57 +42,6 @@ const RESUMES_MAX: u32 = 8;
 const ANSWER_MAX: u64 = 4 << 20;
 /// A daemon ends in some 100 ms; its guests are swept away after it.
 const PATIENCE: Duration = Duration::from_secs(3);
-
-/// What all agents of a bench share: who belongs to it, and the token.
-pub struct Fleet {
-    authority: Authority,
-    dir: PathBuf,
-    token: String,
-}
-
-impl Fleet {
-    /// Founds one in `dir`.
-    ///
-    /// # Errors
-    /// The folder is taken or cannot be written.
-    pub fn found(dir: PathBuf) -> anyhow::Result<Fleet> {
-        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        let authority = Authority::create(dir.join("authority"))?;
-        let mut bytes = [0; 16];
-        getrandom::fill(&mut bytes).map_err(|e| anyhow::anyhow!("this machine has no random bytes: {e}"))?;
-        let token: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
-        let fleet = Fleet { authority, token, dir };
-        fs::write(fleet.dir.join("token"), &fleet.token).context("cannot write the fleet's token")?;
-        Ok(fleet)
-    }
-
-    /// An agent's certificate, made once.
-    fn identity(&self, role: Role, id: &str) -> anyhow::Result<PathBuf> {
-        let folder = self.dir.join(format!("identity-{id}"));
-        if !folder.exists() {
-            self.authority.issue(role, id)?.write(&folder)?;
-        }
-        Ok(folder)
-    }
-}
-
-/// Starts the store daemon at a site, over the bench's own store.
-///
-/// # Errors
-/// It does not start, with its words.
-pub fn start_store(bench: &Bench, fleet: &Fleet, site: &Site) -> anyhow::Result<Running> {
-    let listen = SocketAddrV4::new(site.address, STORE_PORT);
-    let store = std::path::absolute(&bench.options.store).context("cannot find the store")?;
-    let config = json!({
-        "listen": listen,
-        "store": store,
-        "identity": fleet.identity(Role::Store, "store")?,
-        "keys": store.join("keys"),
-    });
-    let mut store = daemon(bench, fleet, "store", &format!("store-{}", site.name), &config, site)?;
-    until_listening(&bench.stop, &mut store, site, listen)?;
-    Ok(store)
-}
 
 /// A machine's daemon, with nothing on it unless its folder was kept.
 pub struct Machine<'a> {
@@ -121,6 +68,10 @@ pub struct Setup {
     pub memory_mib: u64,
     /// A resume that the machine gave up is asked for again, as a VM agent does.
     pub insist: bool,
+    /// Where the origin's gateway is, if that is not where the store is.
+    pub origin: Option<Ipv4Addr>,
+    /// What a machine at this site kept is still there.
+    pub kept: bool,
 }
 
 impl<'a> Machine<'a> {
@@ -136,8 +87,10 @@ impl<'a> Machine<'a> {
         setup: &Setup,
     ) -> anyhow::Result<Machine<'a>> {
         let state = bench.place.disk().join(format!("m-{}", site.name));
-        let _ = fs::remove_dir_all(&state);
-        let _ = fs::remove_dir_all(bench.place.memory().join(prefix(bench, site)));
+        if !setup.kept {
+            let _ = fs::remove_dir_all(&state);
+            let _ = fs::remove_dir_all(bench.place.memory().join(prefix(bench, site)));
+        }
         fs::create_dir_all(&state).with_context(|| format!("cannot make {}", state.display()))?;
         let listen = SocketAddrV4::new(site.address, MACHINE_PORT);
         let sources: Vec<SocketAddrV4> = std::iter::once(SocketAddrV4::new(source, STORE_PORT))
@@ -148,17 +101,17 @@ impl<'a> Machine<'a> {
             "network": site.name,
             "listen": listen,
             "state_dir": state,
-            "token_file": fleet.dir.join("token"),
+            "token_file": fleet.token_file(),
             // Nobody is there: steps come from the bench.
             "vma": format!("http://{}:8441", site.address),
             "identity": fleet.identity(Role::Machine, &format!("m-{}", site.name))?,
             "sources": sources,
             "transfer_listen": SocketAddrV4::new(site.address, PEER_PORT),
             "memory_dir": bench.place.memory(),
-            "origin": format!("http://{source}:8445"),
+            "origin": format!("http://{}:{ORIGIN_PORT}", setup.origin.unwrap_or(source)),
             "cpus": 64,
             "memory_mib": setup.memory_mib,
-            "cells": "100.64.0.0/20",
+            "cells": cells(site)?,
             "cell_prefix": prefix(bench, site),
             "signers": [sign::public(&bench.store)?],
         });
@@ -220,7 +173,7 @@ impl<'a> Machine<'a> {
                 "{method} {path} HTTP/1.1\r\nHost: {}\r\nAuthorization: Bearer {}\r\nContent-Type: application/json\r\n\
                  Content-Length: {}\r\nConnection: close\r\n\r\n",
                 self.listen,
-                self.fleet.token,
+                self.fleet.token(),
                 body.len()
             );
             stream.write_all(&[head.as_bytes(), body].concat())?;
@@ -244,13 +197,39 @@ impl<'a> Machine<'a> {
     /// It does not come within `limit`.
     pub fn stage_whole(&self, bench: &Bench, image: &str, limit: Duration) -> anyhow::Result<()> {
         self.step(&Step::Stage { service: image.parse()?, image: image.to_owned() })?;
+        self.until_whole(bench, image, limit)
+    }
+
+    /// Waits until all of an image is here.
+    ///
+    /// # Errors
+    /// It does not come within `limit`.
+    pub fn until_whole(&self, bench: &Bench, image: &str, limit: Duration) -> anyhow::Result<()> {
+        self.until_image(bench, image, limit, |seen| seen.complete())
+    }
+
+    /// Waits until the machine has found by itself that its sources have another image of this name, and has it.
+    ///
+    /// # Errors
+    /// It does not come within `limit`.
+    pub fn until_renewed(&self, bench: &Bench, image: &Image, limit: Duration) -> anyhow::Result<()> {
+        self.until_image(bench, &image.manifest.name, limit, |seen| seen.complete() && seen.digest == image.digest)
+    }
+
+    fn until_image(
+        &self,
+        bench: &Bench,
+        image: &str,
+        limit: Duration,
+        is_it: impl Fn(&ImageSeen) -> bool,
+    ) -> anyhow::Result<()> {
         bench.stop.until(&format!("all of {image} at {}", self.site.name), limit, Duration::from_millis(20), || {
             let seen = self.seen()?;
             let Some(staged) = seen.images.iter().find(|i| i.image == image) else { return Ok(None) };
             if let Some(fault) = &staged.trouble {
                 bail!("{image} does not come: {}", fault.problem);
             }
-            Ok(staged.seen.as_ref().filter(|s| s.present == s.total).map(drop))
+            Ok(staged.seen.as_ref().filter(|s| is_it(s)).map(drop))
         })
     }
 
@@ -259,22 +238,37 @@ impl<'a> Machine<'a> {
     /// # Errors
     /// A step fails, or no correct answer comes.
     pub fn order(&self, bench: &Bench, image: &Image, number: u32, run: u64) -> anyhow::Result<(Sample, Request)> {
-        let guest = &image.manifest.guest;
-        let name = image.manifest.name.clone();
-        let instance = InstanceId { service: name.parse()?, number };
-        let spec = CellSpec {
-            instance: instance.clone(),
-            image: name,
-            ports: guest.ports.clone(),
-            backends: vec![],
-            memory_mib: image.manifest.machine.memory_mib,
-            singleton: None,
-        };
+        self.order_from(bench, image, (number, None), run)
+    }
+
+    /// As [`Machine::order`], for the one instance of a singleton, which comes from where `from` says.
+    ///
+    /// # Errors
+    /// A step fails, or no correct answer comes.
+    pub fn order_singleton(
+        &self,
+        bench: &Bench,
+        image: &Image,
+        from: Singleton,
+        run: u64,
+    ) -> anyhow::Result<(Sample, Request)> {
+        self.order_from(bench, image, (0, Some(from)), run)
+    }
+
+    fn order_from(
+        &self,
+        bench: &Bench,
+        image: &Image,
+        (number, singleton): (u32, Option<Singleton>),
+        run: u64,
+    ) -> anyhow::Result<(Sample, Request)> {
+        let instance = InstanceId { service: image.manifest.name.parse()?, number };
+        let spec = cell_of(image, &instance, singleton);
         let began = Instant::now();
         let seen = self.step(&Step::Prepare(spec))?;
         let prepared = began.elapsed();
         let cell = seen.cells.iter().find(|c| c.instance == instance).context("the cell was not made")?;
-        let request = image.kind.request(cell.address, &bench.options.recipes, run)?;
+        let request = image.kind.request(cell.address, &bench.known, run)?;
         let ended = Stop::default();
         let answered = std::thread::scope(|scope| {
             let stop = bench.stop.or(&ended);
@@ -297,11 +291,21 @@ impl<'a> Machine<'a> {
             }
             client.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
-        let next = image.kind.request(request.to.ip().to_owned(), &bench.options.recipes, run + 1)?;
+        let next = image.kind.request(request.to.ip().to_owned(), &bench.known, run + 1)?;
         let mut sample = crate::baseline::follow(&self.site.namespace, &next, answered)?;
         sample.more.push(("prepare_ms_median", crate::report::ms(prepared)));
         self.note_woken(&instance, &mut sample);
         Ok((sample, request))
+    }
+
+    /// Brings the one instance of a singleton here, with the ports of its image.
+    ///
+    /// # Errors
+    /// A step fails.
+    pub fn move_here(&self, image: &Image, from: Singleton) -> anyhow::Result<()> {
+        let instance = InstanceId { service: image.manifest.name.parse()?, number: 0 };
+        self.step(&Step::Prepare(cell_of(image, &instance, Some(from))))?;
+        self.step(&Step::Resume { instance }).map(drop)
     }
 
     /// Takes an instance down, and its cell.
@@ -339,6 +343,16 @@ impl<'a> Machine<'a> {
         }
     }
 
+    /// Where it gives others what it has, and hands over what it holds.
+    pub fn peer(&self) -> SocketAddr {
+        SocketAddrV4::new(self.site.address, PEER_PORT).into()
+    }
+
+    /// The daemon's process, while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Running::pid)
+    }
+
     /// Where its log is.
     pub fn log(&self) -> &Path {
         &self.log
@@ -365,32 +379,28 @@ impl Drop for Machine<'_> {
     }
 }
 
+/// The cell that an image asks for.
+fn cell_of(image: &Image, instance: &InstanceId, singleton: Option<Singleton>) -> CellSpec {
+    let guest = &image.manifest.guest;
+    CellSpec {
+        instance: instance.clone(),
+        image: image.manifest.name.clone(),
+        ports: guest.ports.clone(),
+        backends: guest.backends.iter().map(|b| BackendAddress { address: b.address, port: b.port }).collect(),
+        memory_mib: image.manifest.machine.memory_mib,
+        singleton,
+    }
+}
+
+/// Addresses of a site's cells: a /20 each, in the order of the sites' own addresses, so that no two cells that are
+/// joined by a relay have the same.
+fn cells(site: &Site) -> anyhow::Result<String> {
+    let [_, _, number, _] = site.address.octets();
+    let first = Ipv4Addr::new(100, 64, 0, 0).to_bits() + (u32::from(number) << 12);
+    Ok(ipnet::Ipv4Net::new(Ipv4Addr::from_bits(first), 20)?.to_string())
+}
+
 /// Name of what a machine makes: namespaces of cells, its folder of memory.
 fn prefix(bench: &Bench, site: &Site) -> String {
     bench.place.namespace_name(&format!("c{}", site.name))
-}
-
-/// Starts `vmatrix <verb> --config` at a site.
-fn daemon(
-    bench: &Bench,
-    fleet: &Fleet,
-    verb: &str,
-    name: &str,
-    config: &Value,
-    site: &Site,
-) -> anyhow::Result<Running> {
-    let file = fleet.dir.join(format!("{name}.toml"));
-    fs::write(&file, toml::to_string(config)?).with_context(|| format!("cannot write {}", file.display()))?;
-    let mut command = Command::new(&bench.options.program);
-    command.args([verb, "--config"]).arg(&file).stdin(Stdio::null()).env("VMATRIX_LOG", "info").env("NO_COLOR", "1");
-    let log = bench.place.disk().join(format!("{name}.log"));
-    Running::start(&format!("vmatrix {verb}"), &mut command, &site.namespace, &log)
-}
-
-fn until_listening(stop: &Stop, process: &mut Running, site: &Site, listen: SocketAddrV4) -> anyhow::Result<()> {
-    stop.until(&format!("somebody listening at {listen}"), START_LIMIT, Duration::from_millis(10), || {
-        process.check()?;
-        let taken = site.namespace.run(|| TcpStream::connect_timeout(&listen.into(), Duration::from_millis(200)))?;
-        Ok(taken.ok().map(drop))
-    })
 }

@@ -8,13 +8,16 @@ use serde_json::{Map, Value};
 /// Everything one bench found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// `relocate`, `resume`, `density`, `wire` or `fanout`.
+    /// One of [`crate::NAMES`].
     pub bench: String,
     /// Whether it was the short form, whose figures prove only that it runs.
     pub quick: bool,
     pub machine: Machine,
     /// What a reader must know to judge the figures, one sentence each.
     pub conditions: Vec<String>,
+    /// The command lines that measured the rows, in order.
+    #[serde(default)]
+    pub commands: Vec<String>,
     pub rows: Vec<Row>,
     pub goals: Vec<Goal>,
 }
@@ -28,7 +31,7 @@ pub struct Machine {
     pub accelerator: String,
     pub cpus: u64,
     pub memory_mib: u64,
-    /// Load average over a minute when the bench began, and when it ended.
+    /// Lowest and highest load average over a minute, of those at each beginning and end.
     pub load: [f64; 2],
 }
 
@@ -65,9 +68,48 @@ pub struct Goal {
     pub what: String,
     /// The bound in words: `<= 1.3 x`.
     pub wanted: String,
-    /// What was seen, in the same unit.
-    pub seen: String,
-    pub met: bool,
+    /// What was seen, in the same unit; none: it was not measured.
+    pub seen: Option<String>,
+    pub met: Option<bool>,
+}
+
+impl Goal {
+    /// A goal from above.
+    pub fn at_most(what: impl Into<String>, most: f64, seen: Option<f64>) -> Goal {
+        Goal::new(what, format!("<= {most}"), seen, |s| s <= most)
+    }
+
+    /// A goal from below.
+    pub fn at_least(what: impl Into<String>, least: f64, seen: Option<f64>) -> Goal {
+        Goal::new(what, format!(">= {least}"), seen, |s| s >= least)
+    }
+
+    fn new(what: impl Into<String>, wanted: String, seen: Option<f64>, met: impl Fn(f64) -> bool) -> Goal {
+        // As many digits as tell the one from the other.
+        let words = |s: f64| if s.fract() == 0.0 { format!("{s:.0}") } else { format!("{s:.2}") };
+        Goal { what: what.into(), wanted, seen: seen.map(words), met: seen.map(met) }
+    }
+}
+
+/// What tells a row from every other of its bench.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Key {
+    pub guest: String,
+    pub ram_mib: u64,
+    pub link_mbit: Option<u32>,
+    pub rtt_us: Option<u64>,
+    pub mechanism: String,
+    /// Of `wire` its case, of `fanout` the number of networks, of `density` that of clones.
+    pub of: Option<String>,
+}
+
+impl Key {
+    /// All of it but the mechanism, in words: `tiny 512 MiB, 100/20`.
+    pub fn about(&self) -> String {
+        let link = self.link_mbit.zip(self.rtt_us).map(|(mbit, rtt)| format!("{mbit}/{}", rtt as f64 / 1e3));
+        let guest = format!("{} {} MiB", self.guest, self.ram_mib);
+        [Some(guest), link, self.of.clone()].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// One run of one mechanism.
@@ -128,6 +170,20 @@ impl Row {
     /// A further figure as a number.
     pub fn number(&self, name: &str) -> Option<f64> {
         self.more.get(name)?.as_f64()
+    }
+
+    /// What tells it from the bench's other rows.
+    pub fn key(&self) -> Key {
+        let of = ["case", "networks", "clones"].iter().find_map(|name| self.more.get(*name));
+        let of = of.map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+        Key {
+            guest: self.guest.clone(),
+            ram_mib: self.ram_mib,
+            link_mbit: self.link_mbit,
+            rtt_us: self.rtt_ms.map(|rtt| (rtt * 1e3).round() as u64),
+            mechanism: self.mechanism.clone(),
+            of,
+        }
     }
 
     /// The runs' first bytes, in order of running.

@@ -1,13 +1,12 @@
 //! A later snapshot of a guest: resumed where its writes stay, asked a thousand times, suspended again.
 //!
 //! ```text
-//! image S0 ─▶ memory file (shared) + QEMU ─requests─▶ save ─▶ cut with S0 as parent ─▶ image S1 in the store
+//! image S0 ─▶ memory file (shared) + QEMU ─requests─▶ save ─▶ cut with S0 as parent ─▶ image S1 in S0's place
 //! ```
 
-use crate::Bench;
 use crate::baseline::Scene;
 use crate::client;
-use crate::guests::{Image, Temporary};
+use crate::guests::Image;
 use crate::vm::{Begin, Ram, Vm};
 use anyhow::Context;
 use std::fs::File;
@@ -15,26 +14,20 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use vmatrix_model::manifest::Manifest;
+use vmatrix_vma_build::snapshot::{Child, order, snapshot};
 use vmatrix_vma_image::machine::Files;
-use vmatrix_vma_image::memory::{self, PAGE, Parent};
-use vmatrix_vma_image::{chunks, guest, inspect};
+use vmatrix_vma_image::memory::{self, PAGE};
+use vmatrix_vma_image::{Store, guest, inspect};
 
 const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 /// One request in ten is for text that nobody read before.
 const COLD_EACH: u64 = 10;
 
-/// A later snapshot, in the store and as files.
-pub struct Later {
-    pub image: Temporary,
-    pub files: Files,
-}
-
-/// Resumes `from`, sends `requests`, suspends it again under `name`, and puts that into the store.
+/// Resumes `from`, sends `requests`, and suspends it again; answers with the files it is then.
 ///
 /// # Errors
-/// QEMU's own words, a wrong answer, or no room.
-pub fn take(scene: &Scene<'_>, from: &Files, name: &str, requests: u64, folder: PathBuf) -> anyhow::Result<Later> {
+/// QEMU's own words, or a wrong answer.
+pub fn run_on(scene: &Scene<'_>, from: &Files, requests: u64, folder: PathBuf) -> anyhow::Result<Files> {
     let (bench, runtime, image) = (scene.bench, &scene.bench.runtime, scene.image);
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     let files = Files { memory: folder.join("memory"), device: folder.join("device"), ..from.clone() };
@@ -56,17 +49,17 @@ pub fn take(scene: &Scene<'_>, from: &Files, name: &str, requests: u64, folder: 
         client::ask(inside, &request, REQUEST_LIMIT)?;
     }
     vm.save_state(runtime, &files.device)?;
-    drop(vm);
-    Ok(Later { image: put(bench, image, (from, &files), name)?, files })
+    Ok(files)
 }
 
-/// Cuts and signs it; pages that are byte for byte as before stay where the parent has them.
-fn put(bench: &Bench, parent: &Image, (old, new): (&Files, &Files), name: &str) -> anyhow::Result<Temporary> {
-    let store = &bench.store;
+/// Cuts and signs what a guest of `parent` has become, under the parent's name, which is this snapshot's from then
+/// on. Pages that are byte for byte as before stay where the parent has them.
+///
+/// # Errors
+/// The store is full or not the builder's own.
+pub fn put(store: &Store, parent: &Image, (old, new): (&Files, &Files)) -> anyhow::Result<Image> {
     let key = inspect::owner_key(&parent.manifest, store)?;
     let map = memory::map(&parent.manifest, store)?;
-    let order: Vec<u32> =
-        map.packs().iter().take(map.working_set()).flat_map(|p| p.pages().map(|(_, page)| page)).collect();
     let open = |path: &Path| File::open(path).with_context(|| format!("cannot open {}", path.display()));
     let (before, after) = (open(&old.memory)?, open(&new.memory)?);
     let unchanged = |page: u32| {
@@ -74,18 +67,17 @@ fn put(bench: &Bench, parent: &Image, (old, new): (&Files, &Files), name: &str) 
         let at = u64::from(page) * PAGE;
         before.read_exact_at(&mut a, at).is_ok() && after.read_exact_at(&mut b, at).is_ok() && a == b
     };
-    let cutter = chunks::Cutter::new(store, key.as_ref());
-    let from = Parent { map: &map, unchanged: &unchanged };
-    let recorded = parent.manifest.memory.working_set.requests;
-    let memory = memory::cut(&cutter, &new.memory, &order, recorded, Some(&from))?;
-    let state = std::fs::read(&new.device).with_context(|| format!("cannot read {}", new.device.display()))?;
-    let manifest = Manifest {
-        name: name.to_owned(),
-        parent: Some(parent.digest),
-        epoch: parent.manifest.epoch + 1,
-        memory,
-        device: cutter.blob(&state, key.is_some())?,
-        ..parent.manifest.clone()
+    let child = Child {
+        name: &parent.manifest.name,
+        memory: &new.memory,
+        device: &new.device,
+        parent: (&parent.manifest, parent.digest),
+        map: &map,
+        unchanged: &unchanged,
+        order: &order(&map),
+        key: key.as_ref(),
+        data: None,
     };
-    Temporary::put(store, parent.kind, manifest)
+    let (manifest, digest) = snapshot(store, &child)?;
+    Ok(Image { kind: parent.kind, manifest, digest })
 }

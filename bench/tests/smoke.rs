@@ -74,6 +74,14 @@ fn machine_a_later_snapshot_costs_less_than_the_first() {
 }
 
 #[test]
+fn machine_a_singleton_moves_under_its_users_and_loses_nothing() {
+    let report = short("singleton", &[]);
+    let row = report.rows.first().unwrap();
+    assert!(row.number("lines_counted").is_some_and(|lines| lines > 10.0), "{row:?}");
+    assert_eq!(row.number("lines_wrong"), Some(0.0), "{row:?}");
+}
+
+#[test]
 fn machine_an_image_fans_out() {
     let report = short("fanout", &[]);
     assert!(report.rows.iter().all(|r| r.number("origin_copies_median").is_some()), "{report:?}");

@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+use vmatrix_bench::Scope;
 
 /// An edge network for dynamic content: suspended virtual machines that wake near their users.
 #[derive(Debug, Parser)]
@@ -313,8 +314,9 @@ pub enum Identity {
 
 #[derive(Debug, clap::Args)]
 pub struct Bench {
-    /// `relocate`, `resume`, `density`, `wire` or `fanout`
-    pub name: String,
+    /// `relocate`, `resume`, `density`, `wire`, `fanout` or `singleton`; none: only what `--write` says
+    #[arg(required_unless_present = "write")]
+    pub name: Option<String>,
     /// Print the result as one JSON object on the last line
     #[arg(long)]
     pub json: bool,
@@ -327,6 +329,21 @@ pub struct Bench {
     /// Runs of each row, instead of five
     #[arg(long)]
     pub runs: Option<u64>,
+    /// Clones that `density` keeps alive
+    #[arg(long, value_name = "N", default_value_t = Scope::default().clones)]
+    pub clones: u32,
+    /// Numbers of networks that `fanout` brings the image to
+    #[arg(long, value_name = "N", default_values_t = Scope::default().networks)]
+    pub networks: Vec<usize>,
+    /// Add the rows to a result file, where they replace those of the same guest, memory, link and mechanism
+    #[arg(long, value_name = "FILE")]
+    pub into: Option<PathBuf>,
+    /// Result files for `--write`
+    #[arg(long, value_name = "FILE", requires = "write")]
+    pub from: Vec<PathBuf>,
+    /// Write the page of results (Markdown): of `--into`, or of every `--from`
+    #[arg(long, value_name = "FILE")]
+    pub write: Option<PathBuf>,
     /// Recipes of the guests
     #[arg(long, default_value = "scenarios/guests")]
     pub recipes: PathBuf,

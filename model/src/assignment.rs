@@ -4,7 +4,7 @@ use crate::fleet::Backend;
 use crate::{Generation, NetworkId, ServiceId, Span};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 /// What one VM agent is asked to make true.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,4 +33,19 @@ pub struct ServiceShare {
     pub drain: Span,
     /// Where new connections go while nothing runs here: clients whose resolver kept an old answer.
     pub forward_to: Option<Ipv4Addr>,
+    /// What is to become of it here, if it is a singleton.
+    #[serde(default)]
+    pub singleton: Option<Singleton>,
+}
+
+/// What a network is to do about a singleton.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Singleton {
+    /// Whoever has it here keeps it; nobody here gets it.
+    Keep,
+    /// Begin it from its built image: it has never run.
+    Begin,
+    /// Take it over from the machine that gives chunks at this address: it holds it, or knows who does.
+    Take(SocketAddr),
 }

@@ -105,6 +105,13 @@ pub struct Service {
     pub name: ServiceId,
     /// Name of the image (of its recipe) that every instance is resumed from.
     pub image: String,
+    /// Whether it runs as many copies whose writes are thrown away, or as one whose state moves with it.
+    #[serde(default)]
+    pub kind: Kind,
+    /// Services of one group are always in the same networks: they talk to each other, and move as one. The first of
+    /// them in the file decides for all, by what all of them cost.
+    #[serde(default)]
+    pub group: Option<String>,
     /// Where the first instance runs, and where it returns to when demand says nothing else.
     pub home: NetworkId,
     /// Whether the CPA moves it by itself; if not, only an operator does.
@@ -131,6 +138,17 @@ pub struct Service {
     pub backend: Option<Backend>,
     /// What was measured of its image.
     pub profile: Profile,
+}
+
+/// How a service runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// As copies of its image, as many as its users need; what a copy writes is thrown away.
+    #[default]
+    Replica,
+    /// As one VM: where it moves, its memory, its data disk and its open connections move with it.
+    Singleton,
 }
 
 /// A database that stays at the origin.
@@ -239,6 +257,18 @@ impl Fleet {
             if s.instance_rps == 0 || s.instances_max == 0 || s.objective_ms == 0 || s.memory_mib == 0 {
                 return range("instance_rps, instances_max, objective_ms and memory_mib must be above 0");
             }
+            if s.kind == Kind::Singleton && s.instances_max != 1 {
+                return range(&format!("instances_max = {} of a singleton must be 1", s.instances_max));
+            }
+            if let Some(group) = &s.group {
+                if !name(group) {
+                    return range(&format!("group {group:?} is not a name"));
+                }
+                let alike = |o: &Service| o.home == s.home && o.automatic == s.automatic && o.kind == s.kind;
+                if let Some(other) = self.group(s).find(|o| !alike(o)) {
+                    return range(&format!("home, automatic and kind must be those of {}, of its group", other.name));
+                }
+            }
             if let Some(b) = &s.backend
                 && !self.origin.intranet.contains(&b.address)
             {
@@ -314,6 +344,18 @@ impl Fleet {
         let hint = crate::config::nearest(name, sites.iter().map(SiteId::as_str))
             .map_or(String::new(), |n| format!("\n\nhint: did you mean {n:?}?"));
         BadFleet::Unknown { whose, what, name: name.into(), hint }
+    }
+
+    /// The other services of the group of `service`, in the order of the file.
+    pub fn group<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = &'a Service> + 'a {
+        let same = move |o: &&Service| o.group.is_some() && o.group == service.group && o.name != service.name;
+        self.services.iter().filter(same)
+    }
+
+    /// Who decides where `service` is: the first of its group, itself if it is in none.
+    pub fn leader<'a>(&'a self, service: &'a Service) -> &'a Service {
+        let leads = |o: &&Service| o.group.is_some() && o.group == service.group;
+        self.services.iter().find(leads).unwrap_or(service)
     }
 
     /// Every site: the origin, then networks, then regions, in the file's order.

@@ -3,6 +3,7 @@
 use crate::{Bytes, Digest, Generation, InstanceId, MachineId, NetworkId, ServiceId, Span, Time};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 /// What one VM agent sees of its network, whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +16,9 @@ pub struct Inventory {
     pub machines: Vec<MachineSeen>,
     pub images: BTreeMap<ServiceId, ImageSeen>,
     pub instances: Vec<InstanceSeen>,
+    /// Singletons that a machine here holds.
+    #[serde(default)]
+    pub holds: BTreeMap<ServiceId, Holder>,
     /// Wishes that were not granted, with the reason.
     pub refused: BTreeMap<ServiceId, String>,
 }
@@ -29,6 +33,20 @@ pub struct MachineSeen {
     /// `kvm` or `tcg`.
     pub accelerator: String,
     pub qemu_version: String,
+    /// Where it gives other machines chunks, and singletons.
+    #[serde(default)]
+    pub transfer: Option<SocketAddr>,
+}
+
+/// Who holds a singleton.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Holder {
+    pub machine: MachineId,
+    /// Where it is asked for the singleton.
+    pub transfer: SocketAddr,
+    /// Rises each time it is handed on.
+    pub epoch: u64,
 }
 
 /// How much of an image a network holds.

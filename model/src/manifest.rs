@@ -202,6 +202,13 @@ pub enum PartKind {
     BackendSeed,
 }
 
+impl PartKind {
+    /// Whether a guest has it as a disk: then a guest that is resumed reads it, too.
+    pub fn is_disk(self) -> bool {
+        matches!(self, PartKind::Disk | PartKind::Base | PartKind::Data)
+    }
+}
+
 /// What building measured.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -217,10 +224,12 @@ impl Manifest {
         self.parts.iter().find(|p| p.kind == kind)
     }
 
-    /// Stored bytes that a machine needs to have all of it: everything but what seeds the back end.
+    /// Stored bytes that a machine needs to have all of it: not what seeds the back end, nor what only a guest that
+    /// is powered on reads.
     pub fn stored(&self) -> Bytes {
         let parts = self.parts.iter().filter(|p| p.kind != PartKind::BackendSeed);
-        parts.map(|p| p.stored + p.table.stored).sum::<Bytes>()
+        let chunks = |p: &Part| if p.kind.is_disk() { p.stored } else { Bytes(0) };
+        parts.map(|p| chunks(p) + p.table.stored).sum::<Bytes>()
             + self.tables()
             + self.memory.stored
             + self.device.stored

@@ -90,6 +90,18 @@ impl Price {
     }
 }
 
+impl std::ops::Add for Price {
+    type Output = Price;
+
+    fn add(self, other: Price) -> Price {
+        Price {
+            latency: self.latency + other.latency,
+            instances: self.instances + other.instances,
+            traffic: self.traffic + other.traffic,
+        }
+    }
+}
+
 /// A move that was considered and left.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WhyNot {

@@ -6,8 +6,8 @@ use crate::rounds::running;
 use crate::toward::{Next, PATIENCE, Transition, union};
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use vmatrix_model::assignment::{Assignment, ServiceShare};
-use vmatrix_model::fleet::Service;
+use vmatrix_model::assignment::{Assignment, ServiceShare, Singleton};
+use vmatrix_model::fleet::{Kind, Service};
 use vmatrix_model::placement::Share;
 use vmatrix_model::plan::{Decision, WhyNot};
 use vmatrix_model::{NetworkId, ServiceId, Time};
@@ -115,7 +115,25 @@ impl Cpa {
             backends: service.backend.iter().cloned().collect(),
             drain: DRAIN,
             forward_to: self.forward(service, network),
+            singleton: (service.kind == Kind::Singleton).then(|| self.singleton(service, network)),
         })
+    }
+
+    /// What `network` does about a singleton. Only the network it is on its way to, or is to be in, may take it; and
+    /// it is begun only if no machine was ever seen to hold it, so a holder that is silent is waited for, not
+    /// replaced by a second one.
+    fn singleton(&self, service: &Service, network: &NetworkId) -> Singleton {
+        let target = match self.memory.transitions.get(&service.name) {
+            Some(transition) => Some(&transition.target),
+            None => self.memory.placement.services.get(&service.name),
+        };
+        let is_its_place = target.and_then(|t| t.get(network)).is_some_and(|s| s.instances() > 0);
+        match self.memory.holders.get(&service.name) {
+            _ if !is_its_place => Singleton::Keep,
+            None => Singleton::Begin,
+            Some(held) if held.network == *network => Singleton::Keep,
+            Some(held) => Singleton::Take(held.holder.transfer),
+        }
     }
 
     /// Where `network` sends new connections while it runs nothing: the nearest network that is settled there. A

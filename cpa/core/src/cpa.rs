@@ -158,10 +158,13 @@ impl Cpa {
             commands.push(Command::Refuse(refusal));
             return;
         }
+        let changed_hands = self.memory.note_holders(&inventory);
         self.memory.seen.insert(inventory.network.clone(), Seen { heard: now, inventory });
         if self.memory.began.is_some() && newer > self.memory.placement.generation {
             let placement = Placement { generation: newer.next(), services: self.memory.placement.services.clone() };
             self.put_in_force(placement, commands);
+        } else if changed_hands && self.memory.began.is_some() {
+            self.assign(commands);
         }
     }
 
@@ -197,6 +200,10 @@ impl Cpa {
     fn think(&mut self, now: Time, service: &Service, round: bool, commands: &mut Vec<Command>) {
         let name = &service.name;
         if self.memory.transitions.contains_key(name) || !self.up(name, now) {
+            return;
+        }
+        let leader = self.fleet.leader(service).name.clone();
+        if leader != *name {
             return;
         }
         let leave =

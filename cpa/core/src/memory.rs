@@ -6,7 +6,7 @@ use crate::forecast::Usual;
 use crate::toward::Transition;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
-use vmatrix_model::inventory::Inventory;
+use vmatrix_model::inventory::{Holder, Inventory};
 use vmatrix_model::placement::{Placement, Share};
 use vmatrix_model::plan::{Decision, Plan};
 use vmatrix_model::steering::Steering;
@@ -49,6 +49,10 @@ pub struct Memory {
     /// What every network was last seen to have, and when the CPA heard of it.
     #[serde(default)]
     pub seen: BTreeMap<NetworkId, Seen>,
+    /// Who holds each singleton, by the highest epoch that was ever seen: never forgotten, for a singleton that was
+    /// begun once is not begun again.
+    #[serde(default)]
+    pub holders: BTreeMap<ServiceId, Held>,
     /// Demand counted, per service.
     #[serde(default)]
     pub counts: BTreeMap<ServiceId, Counts>,
@@ -86,6 +90,13 @@ pub struct Seen {
     pub inventory: Inventory,
 }
 
+/// Where a singleton is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    pub network: NetworkId,
+    pub holder: Holder,
+}
+
 /// Which report an edge sent last, so that one sent twice is counted once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastReport {
@@ -119,6 +130,21 @@ impl Memory {
         while self.plans.len() > PLANS_MAX {
             self.plans.pop_front();
         }
+    }
+
+    /// Notes who holds singletons in a network; answers whether that is news.
+    pub fn note_holders(&mut self, inventory: &Inventory) -> bool {
+        let mut news = false;
+        for (service, holder) in &inventory.holds {
+            let held = Held { network: inventory.network.clone(), holder: holder.clone() };
+            // An inventory that was overtaken tells of an earlier holder.
+            let later = self.holders.get(service).is_none_or(|known| holder.epoch >= known.holder.epoch);
+            if later && self.holders.get(service) != Some(&held) {
+                self.holders.insert(service.clone(), held);
+                news = true;
+            }
+        }
+        news
     }
 
     /// The number of the next plan.

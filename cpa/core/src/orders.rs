@@ -9,7 +9,7 @@ use crate::Refusal;
 use crate::memory::Shares;
 use vmatrix_model::Span;
 use vmatrix_model::config::nearest;
-use vmatrix_model::fleet::{Fleet, Service};
+use vmatrix_model::fleet::{Fleet, Kind, Service};
 use vmatrix_model::placement::Share;
 use vmatrix_model::wire::Order;
 
@@ -46,6 +46,10 @@ pub fn wanted<'a>(fleet: &'a Fleet, order: &Order, present: &Shares) -> Result<(
                 ),
                 "order fewer, or raise instances_max in the fleet file".into(),
             );
+        }
+        if service.kind == Kind::Singleton && *instances > 0 {
+            // It is in one network: where it is to go, it leaves the one it is in.
+            wanted.values_mut().for_each(|share| *share = Share::Dormant);
         }
         wanted.insert(network.clone(), if *instances == 0 { Share::Dormant } else { Share::Active(*instances) });
     }

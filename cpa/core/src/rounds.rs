@@ -82,6 +82,28 @@ impl Cpa {
         Case { fleet: &self.fleet, tables: &self.tables, service, rule, rates, now }
     }
 
+    /// As [`solve::price`], with what the other services of its group would cost in the same networks.
+    fn price(&self, case: Case, networks: &BTreeSet<NetworkId>, size: Size) -> Priced {
+        let mut priced = solve::price(case, networks, size);
+        for other in self.fleet.group(case.service) {
+            let rates = self.rates(&other.name);
+            let case = Case { service: other, rates: &rates, ..case };
+            priced.price = priced.price + solve::price(case, networks, Size::ByLoad).price;
+        }
+        priced
+    }
+
+    /// What a service of a group has where another of that group is as `target` says.
+    fn beside(&self, service: &Service, target: &Shares) -> Shares {
+        let aim = self.aim(&service.name);
+        let had = |n: &NetworkId| aim.get(n).map_or(0, |s| s.instances()).max(1);
+        let share = |(n, s): (&NetworkId, &Share)| match s {
+            Share::Active(_) => (n.clone(), Share::Active(had(n))),
+            Share::Dormant => (n.clone(), Share::Dormant),
+        };
+        target.iter().map(share).collect()
+    }
+
     /// The price of the move itself: its image bytes at the home's egress, and the newcomer running before it serves.
     fn move_price(&self, service: &Service, step: &Step, now: Time) -> MicroUsd {
         let Some(newcomer) = step.newcomer() else { return MicroUsd(0) };
@@ -105,7 +127,7 @@ impl Cpa {
     ) -> Vec<Weighed> {
         let active: BTreeSet<NetworkId> = present.keys().cloned().collect();
         let weigh_one = |step: Step| {
-            let after = solve::price(case, &step.apply(&active), size);
+            let after = self.price(case, &step.apply(&active), size);
             let gain = before.price.total() - after.price.total();
             let ready = step.newcomer().map_or(Span::ZERO, |n| self.ready_in(case.service, n));
             let payback = hold::payback(gain, self.move_price(case.service, &step, case.now), ready);
@@ -113,7 +135,7 @@ impl Cpa {
             Weighed { step, after, gain, payback, against }
         };
         let mut weighed: Vec<Weighed> =
-            solve::steps(&self.fleet, &active).into_iter().filter(wanted).map(weigh_one).collect();
+            solve::steps(&self.fleet, case.service, &active).into_iter().filter(wanted).map(weigh_one).collect();
         weighed.retain(|w| w.step != Step::Resize || w.after.shares != *present);
         weighed.sort_by(|a, b| (a.after.price.total(), &a.step).cmp(&(b.after.price.total(), &b.step)));
         weighed
@@ -203,7 +225,7 @@ impl Cpa {
         let (rates, present) = (self.rates(&service.name), running(&self.aim(&service.name)));
         let case = self.case(service, Rule::Fastest, &rates, now);
         let active: BTreeSet<NetworkId> = present.keys().cloned().collect();
-        let before = solve::price(case, &active, Size::Given(&present));
+        let before = self.price(case, &active, Size::Given(&present));
         let grows = |s: &Step| matches!(s, Step::Add(_) | Step::Resize);
         let weighed = self.weigh(case, &present, &before, Size::AtLeast(&present), grows);
         let spent = |w: &Weighed| w.after.price.instances - before.price.instances;
@@ -223,7 +245,7 @@ impl Cpa {
         let (rates, present) = (self.rates(&service.name), running(&self.aim(&service.name)));
         let case = self.case(service, Rule::Fastest, &rates, now);
         let active: BTreeSet<NetworkId> = present.keys().cloned().collect();
-        let before = solve::price(case, &active, Size::Given(&present));
+        let before = self.price(case, &active, Size::Given(&present));
         let weighed = self.weigh(case, &present, &before, Size::ByLoad, |_| true);
         let mut held = self.memory.holds.get(&service.name).cloned().unwrap_or_default();
         let spent = |w: &Weighed| MicroUsd((w.after.price.instances - before.price.instances).0.max(0));
@@ -260,7 +282,7 @@ impl Cpa {
     pub(crate) fn lost(&mut self, now: Time, service: &Service, network: NetworkId) -> Option<Plan> {
         let (rates, present) = (self.rates(&service.name), running(&self.aim(&service.name)));
         let case = self.case(service, Rule::Fastest, &rates, now);
-        let before = solve::price(case, &present.keys().cloned().collect(), Size::Given(&present));
+        let before = self.price(case, &present.keys().cloned().collect(), Size::Given(&present));
         let weighed = self.weigh(case, &present, &before, Size::AtLeast(&present), |s| matches!(s, Step::Add(_)));
         let possible = |w: &&Weighed| w.step.newcomer().is_some_and(|n| self.two_tier_aside(case, w, n));
         let chosen = weighed.iter().find(possible)?.clone();
@@ -286,8 +308,8 @@ impl Cpa {
         let (present, wanted) = (running(&aim), running(target));
         let case = self.case(service, Rule::Nearest, &rates, now);
         let sets: [BTreeSet<NetworkId>; 2] = [&present, &wanted].map(|m| m.keys().cloned().collect());
-        let before = solve::price(case, &sets[0], Size::Given(&present));
-        let after = solve::price(case, &sets[1], Size::Given(&wanted));
+        let before = self.price(case, &sets[0], Size::Given(&present));
+        let after = self.price(case, &sets[1], Size::Given(&wanted));
         let mut reason = "ordered by an operator; ".to_owned();
         reason += &explain::split(before.price, after.price);
         if let Some(e) = self.effect(case, &sets[0], &sets[1]) {
@@ -392,9 +414,15 @@ impl Cpa {
         reason: &str,
         not: Vec<WhyNot>,
     ) -> Plan {
-        let moves = self.moves(case.service, &target, before.price, after.price, reason);
+        let mut moves = self.moves(case.service, &target, before.price, after.price, reason);
         let mut services: BTreeMap<ServiceId, Shares> =
             self.memory.placement.services.keys().map(|s| (s.clone(), self.aim(s))).collect();
+        for other in self.fleet.group(case.service) {
+            let beside = self.beside(other, &target);
+            let reason = format!("it moves with {}: {reason}", case.service.name);
+            moves.extend(self.moves(other, &beside, before.price, after.price, &reason));
+            services.insert(other.name.clone(), beside);
+        }
         services.insert(case.service.name.clone(), target);
         let base = self.memory.placement.generation;
         Plan { id: 0, at: case.now, cause, base, moves, not, target: Placement { generation: base.next(), services } }

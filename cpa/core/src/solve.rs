@@ -13,7 +13,7 @@ use crate::cost;
 use crate::forecast::MilliRps;
 use crate::memory::Shares;
 use std::collections::{BTreeMap, BTreeSet};
-use vmatrix_model::fleet::{Fleet, Link, Service};
+use vmatrix_model::fleet::{Fleet, Kind, Link, Service};
 use vmatrix_model::placement::Share;
 use vmatrix_model::plan::Price;
 use vmatrix_model::{NetworkId, RegionId, ServiceId, SiteId, Span, Time};
@@ -216,15 +216,19 @@ impl Step {
     }
 }
 
-/// Every step from `active` that leaves something running, in order of name.
-pub fn steps(fleet: &Fleet, active: &BTreeSet<NetworkId>) -> Vec<Step> {
+/// Every step from `active` that leaves something running, in order of name. A singleton is swapped, for it can be
+/// in one network only.
+pub fn steps(fleet: &Fleet, service: &Service, active: &BTreeSet<NetworkId>) -> Vec<Step> {
     let names: BTreeSet<&NetworkId> = fleet.networks.iter().map(|n| &n.name).collect();
     let outside = || names.iter().filter(|n| !active.contains(**n));
     let adds = outside().map(|n| Step::Add((*n).clone()));
     let drops = active.iter().filter(|_| active.len() > 1).map(|n| Step::Drop(n.clone()));
     let swaps =
         active.iter().flat_map(|from| outside().map(move |to| Step::Swap { from: from.clone(), to: (*to).clone() }));
-    adds.chain(drops).chain(swaps).chain([Step::Resize]).collect()
+    match service.kind {
+        Kind::Replica => adds.chain(drops).chain(swaps).chain([Step::Resize]).collect(),
+        Kind::Singleton => swaps.collect(),
+    }
 }
 
 /// Shares of a service that runs as `instances` says and sleeps everywhere else.

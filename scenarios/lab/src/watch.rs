@@ -190,6 +190,7 @@ mod tests {
                 machines: vec![],
                 images: BTreeMap::from([(maps.clone(), image)]),
                 instances: instances.collect(),
+                holds: BTreeMap::new(),
                 refused: BTreeMap::new(),
             };
             (n.name.clone(), seen)

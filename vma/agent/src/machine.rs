@@ -7,18 +7,24 @@
 //!  all the time  ─▶ guards pagers; gives other machines what is here
 //! ```
 //!
+//! Which singletons it may run is written down in `state_dir/tenures`.
+//!
 //! VMs, pagers and tunnels are processes of their own: when this daemon dies they go on, and when it begins
 //! again it finds them by their command lines, and their cells by the records in `state_dir/cells`.
 
 mod cell;
 mod fetch;
 mod guard;
+mod hand;
 mod image;
 mod memory;
 mod mind;
 mod pager;
+mod pool;
 mod process;
 mod record;
+mod relay;
+mod singleton;
 mod spawn;
 mod survey;
 #[cfg(test)]
@@ -35,16 +41,17 @@ use axum::{Json, Router};
 use image::Images;
 use memory::Memory;
 use record::{Phase, Record, Records};
+use singleton::Tenures;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::net::TcpListener;
-use vmatrix_model::{Digest, InstanceId};
+use vmatrix_model::InstanceId;
 use vmatrix_vma_core::steps::{CellSeen, Fault, Life, Outcome, Seen, Step};
 use vmatrix_vma_image::Store;
 use vmatrix_vma_image::machine::Host;
-use vmatrix_vma_transfer::{Limits, ServerConfig, Sources, SourcesConfig, identity::Identity};
+use vmatrix_vma_transfer::{Answerer, Limits, Server, ServerConfig, Sources, SourcesConfig, identity::Identity};
 
 /// A machine and what it knows of itself.
 pub(crate) struct Machine {
@@ -55,8 +62,12 @@ pub(crate) struct Machine {
     images: Images,
     sources: Sources,
     memory: Memory,
-    /// The pager of each image that runs.
-    pagers: Mutex<BTreeMap<Digest, Arc<pager::Pager>>>,
+    /// By their memory's folder: of each image that runs, and of each singleton.
+    pagers: Mutex<BTreeMap<PathBuf, Arc<pager::Pager>>>,
+    pool: pool::Pool,
+    tenures: Tenures,
+    /// Connections to machines that have, or had, a singleton.
+    peers: Mutex<singleton::Peers>,
     /// Health checks an instance missed in a row.
     missed: Mutex<BTreeMap<InstanceId, u32>>,
     /// One step at a time per instance. Bounded by the cells a machine has addresses for.
@@ -91,6 +102,7 @@ pub async fn run_with(path: &Path, program: &Path) -> anyhow::Result<()> {
             .await
             .with_context(|| format!("cannot take down cell {stray}, whose record cannot be read"))?;
     }
+    machine.sweep_spares().await.context("cannot clear away what waited for an earlier daemon")?;
     machine.guard_what_runs();
     let mut tasks = tokio::task::JoinSet::new();
     if let Some(address) = machine.config.transfer_listen {
@@ -101,14 +113,10 @@ pub async fn run_with(path: &Path, program: &Path) -> anyhow::Result<()> {
             keys: None,
             rate_mbit: machine.config.rate_mbit,
         };
-        tasks.spawn(async move {
-            if let Err(e) = vmatrix_vma_transfer::serve(listener, config, std::future::pending()).await {
-                tracing::error!(
-                    error = format!("{:#}", anyhow::Error::new(e)),
-                    "nothing is given to other machines any more"
-                );
-            }
-        });
+        let server = Server::new(config)?;
+        let asked = machine.clone();
+        server.answer_with(Answerer::new(move |name, question| asked.clone().answer(name, question)));
+        tasks.spawn(async move { server.run(listener, std::future::pending()).await });
     }
     let warmed = machine.clone();
     tasks.spawn(async move {
@@ -118,6 +126,9 @@ pub async fn run_with(path: &Path, program: &Path) -> anyhow::Result<()> {
     tasks.spawn(mind::subscribe(machine.clone()));
     tasks.spawn(mind::health(machine.clone()));
     tasks.spawn(mind::tunnels(machine.clone()));
+    tasks.spawn(mind::relays(machine.clone()));
+    let settled = machine.clone();
+    tasks.spawn(async move { settled.settle().await });
     tasks.spawn(mind::warm(machine.clone()));
     tasks.spawn(mind::renew(machine.clone()));
     let routes = Router::new().route("/v1/step", post(step)).route("/v1/seen", get(seen)).with_state(machine.clone());
@@ -149,6 +160,7 @@ impl Machine {
         let host = vmatrix_vma_image::machine::host()?;
         let state = |source| Error::State { path: config.state_dir.clone(), source };
         let records = Records::open(&config.state_dir.join("cells")).map_err(state)?;
+        let tenures = Tenures::open(&config.state_dir.join("tenures"))?;
         let store = Store::open(config.state_dir.join("store"))?;
         let images = Images::open(store.clone(), &config.signers, &host)?;
         let folder = config.memory_dir.join(&config.cell_prefix);
@@ -171,6 +183,9 @@ impl Machine {
             sources,
             memory,
             pagers: Mutex::default(),
+            pool: pool::Pool::default(),
+            tenures,
+            peers: Mutex::default(),
             missed: Mutex::default(),
             busy: Mutex::default(),
             program: std::env::current_exe().context("cannot find the program that runs")?,
@@ -229,6 +244,7 @@ impl Machine {
             Phase::Healthy if alive && missed >= mind::MISSED_MAX => Life::Sick,
             Phase::Healthy if alive => Life::Healthy,
             Phase::Resuming | Phase::Healthy | Phase::Suspending => Life::Lost,
+            Phase::Handed => Life::Handed,
         };
         let trouble = (missed > 0).then(|| format!("{missed} health checks in a row were not answered"));
         let trouble = trouble.or_else(|| self.shares_its_secrets(record).filter(|_| alive));
@@ -239,7 +255,11 @@ impl Machine {
             memory_mib: record.spec.memory_mib,
             resumed_in: record.resumed_in.filter(|_| record.phase == Phase::Healthy),
             trouble,
-            holds: None,
+            holds: self
+                .tenures
+                .get(&record.spec.instance.service)
+                .filter(|_| record.spec.singleton.is_some())
+                .and_then(|h| h.holds()),
         }
     }
 

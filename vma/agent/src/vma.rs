@@ -455,6 +455,7 @@ mod tests {
             backends: vec![],
             drain: Span::secs(7),
             forward_to: None,
+            singleton: None,
         };
         let services = (0..).zip(services).map(|(n, s)| (s.parse().unwrap(), share(n))).collect();
         Assignment { generation: Generation(generation), network: "ashburn".parse().unwrap(), services }

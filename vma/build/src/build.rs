@@ -1,8 +1,9 @@
 //! Recipe ─▶ image.
 //!
 //! ```text
-//! recipe ─▶ root (packages) ─▶ disk ┐
-//!           kernel ─▶ initrd ───────┴▶ warm (boot, requests, suspend) ─▶ record ─▶ chunks ─▶ signed manifest
+//! base ─▶ disk, made once ─────────────────────────┐
+//! recipe ─▶ root (packages) ─less the base─▶ disk ─┤
+//!           kernel ─▶ initrd ──────────────────────┴▶ warm (boot, requests, suspend) ─▶ record ─▶ chunks ─▶ signed manifest
 //! ```
 //!
 //! # Invariants
@@ -10,32 +11,31 @@
 //! 2. The manifest is put last: an image that has a name is whole.
 //! 3. A build that fails takes its chunks out again.
 
-pub(crate) mod cell;
+pub(crate) mod backend;
+mod base;
+mod ext4;
 pub(crate) mod give_back;
 mod kernel;
-pub(crate) mod owner;
-pub(crate) mod process;
 pub(crate) mod progress;
 pub(crate) mod requests;
 mod root;
 pub(crate) mod tools;
+mod tree;
 mod warm;
 
-use crate::postgres::Server;
-use crate::recipe::{self, BackendRecipe, Hashed, Recipe};
+use crate::recipe::{self, Hashed, Recipe};
 use crate::record::{Suspended, Touched};
-use cell::Cell;
-use nix::sys::statvfs::statvfs;
+use crate::workshop::{self, ADDRESS, Cell, GATEWAY, MAC, Scratch, blocking, memory_place};
+use backend::Backend;
+use base::Base;
 use progress::Progress;
 use std::fs;
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use tools::Scratch;
 use vmatrix_model::Digest;
 use vmatrix_model::manifest::{BackendSpec, FORMAT, GuestSpec, MachineSpec, Manifest, Measured, PartKind};
 use vmatrix_vma_image::Store;
-use vmatrix_vma_image::chunks::{Cutter, DISK_CHUNK};
+use vmatrix_vma_image::chunks::{Cutter, DATA_CHUNK, DISK_CHUNK};
 use vmatrix_vma_image::error::{Error, Result, io};
 use vmatrix_vma_image::machine::{self, Files, Host};
 use vmatrix_vma_image::memory;
@@ -44,14 +44,8 @@ use vmatrix_vma_image::sign;
 use vmatrix_vma_image::store::needs;
 use warm::Boot;
 
-/// Every guest has this private address wherever it runs; its cell makes it unique (paper §4.1).
-const ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 10);
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 1);
-const MAC: &str = "52:54:00:12:34:56";
-/// What lies beside guest memory, MiB: device state and a console's output, some hundred KiB; the rest is for others.
-const BESIDE_MEMORY_MIB: u64 = 64;
 /// Rises when the builder makes another image of the same recipe.
-const BUILDER: u32 = 3;
+const BUILDER: u32 = 5;
 /// `panic`: a broken guest ends at once. `init_on_alloc`: memory that is moved into the pool of free memory is not
 /// touched for it, or a guest of 8 GiB would be all touched; programs get cleared pages anyway.
 /// `transparent_hugepage`: a program that wants a page gets one, not the 512 round it.
@@ -106,8 +100,9 @@ pub async fn build(file: &Path, store: &Path, options: &Options) -> Result<Built
     let began = Instant::now();
     let (mut recipe, text_digest) = recipe::read(file)?;
     recipe.change(file, options.name.as_deref(), options.memory_mib)?;
+    let base = recipe.base.as_deref().map(|name| Base::read(file, name)).transpose()?;
     let store = Store::open(store)?;
-    let key = owner::key(&store)?;
+    let key = workshop::owner_key(&store)?;
     let agent = agent(options)?;
     let version = machine::qemu_version()?;
     let mut digest = Hashed::default();
@@ -116,8 +111,11 @@ pub async fn build(file: &Path, store: &Path, options: &Options) -> Result<Built
         Some(own) => digest.add(&fs::read(own).map_err(io("read the guest agent", own))?),
         None => AGENT_SOURCE.iter().for_each(|file| digest.add(file)),
     }
-    let rest = (&version, BUILDER, APPEND, machine::devices(MAC), recipe.memory_mib);
+    let rest = (&version, BUILDER, APPEND, machine::devices(MAC, &recipe.disks()), recipe.memory_mib);
     digest.add(format!("{rest:?}").as_bytes());
+    if let Some(base) = &base {
+        digest.add(&base.digest.0);
+    }
     let digest = digest.end();
     if !options.again
         && let Some((manifest, id)) = held(&store, &recipe.name, digest, &key)?
@@ -126,7 +124,7 @@ pub async fn build(file: &Path, store: &Path, options: &Options) -> Result<Built
         return Ok(Built { name: recipe.name, digest: id, cached: true, took: began.elapsed(), stored, measured });
     }
     tools::check()?;
-    let job = Job { file: file.to_owned(), recipe, digest, agent, cache: cache(&store, options), store, key };
+    let job = Job { file: file.to_owned(), recipe, base, digest, agent, cache: cache(&store, options), store, key };
     let name = job.recipe.name.clone();
     let (manifest, id) = job.run().await?;
     Ok(Built {
@@ -172,18 +170,11 @@ fn agent(options: &Options) -> Result<PathBuf> {
     })
 }
 
-/// Memory that a guest writes belongs into memory. Where there is not enough of it (a container's /dev/shm
-/// often has 64 MiB) the kernel would end QEMU in the middle of a boot, so a disk has to do.
-pub(crate) fn memory_place(guest_mib: u64) -> PathBuf {
-    let shm = Path::new("/dev/shm");
-    let free = statvfs(shm).map_or(0, |s| s.blocks_available().saturating_mul(s.fragment_size()));
-    if free >> 20 >= guest_mib + BESIDE_MEMORY_MIB { shm.to_owned() } else { std::env::temp_dir() }
-}
-
 /// One build on its way.
 struct Job {
     file: PathBuf,
     recipe: Recipe,
+    base: Option<Base>,
     digest: Digest,
     agent: PathBuf,
     cache: PathBuf,
@@ -202,11 +193,9 @@ struct Places {
 impl Job {
     async fn run(self) -> Result<(Manifest, Digest)> {
         let progress = Progress::new(&self.recipe.name);
-        let tag = format!("{}{}-{}", tools::SCRATCH, self.recipe.name, std::process::id());
-        let memory = memory_place(self.recipe.memory_mib);
+        let (name, memory) = (&self.recipe.name, memory_place(self.recipe.memory_mib));
         let disk = std::path::absolute(self.store.dir()).map_err(io("find", self.store.dir()))?;
-        tools::sweep(&[&disk, &memory]);
-        let places = Places { disk: Scratch::new(disk.join(&tag))?, memory: Scratch::new(memory.join(&tag))? };
+        let places = Places { disk: Scratch::within(&disk, name)?, memory: Scratch::within(&memory, name)? };
         let scratch = places.disk.path().to_owned();
         let prepared = blocking(move || self.prepare(places, progress)).await?;
         prepared.map_err(|e| e.or_disk_full("build in", &scratch))?.suspend().await
@@ -217,22 +206,36 @@ impl Job {
         let host = machine::host()?;
         fs::create_dir_all(&self.cache).map_err(io("create", &self.cache))?;
         let guest = self.guest();
-        let files = Files {
-            memory: places.memory.path().join("memory"),
-            device: places.memory.path().join("device"),
-            disk: places.disk.path().join("disk"),
-            kernel: places.disk.path().join("kernel"),
-            initrd: places.disk.path().join("initrd"),
-        };
+        let (large, small) = (places.disk.path(), places.memory.path());
+        let mut files = Files { memory: small.join("memory"), device: small.join("device"), ..Files::within(large) };
         progress.step("kernel");
         let kernel = kernel::get(&self.cache)?;
         tools::copy(&kernel.image, &files.kernel)?;
-        kernel::initrd(&kernel, &guest, &self.recipe.name, &files.initrd)?;
+        kernel::initrd(&kernel, guest.address, guest.gateway, &files.initrd)?;
+        let base = match &self.base {
+            Some(base) => {
+                progress.step(&format!("base: {}", base.recipe.about));
+                Some(base.get(&self.cache)?)
+            }
+            None => None,
+        };
         progress.step(&format!("packages: {}", self.packages()));
-        let root = places.disk.path().join("root");
-        root::make(&self.file, &self.recipe, &root, &self.cache, &self.agent)?;
+        let root = large.join("root");
+        root::make(&self.file, &self.recipe, self.base.as_ref(), &root, &self.cache, &self.agent)?;
         progress.step("disk");
-        root::disk(&root, &files.disk)?;
+        match base {
+            Some(base) => {
+                let layer = large.join("layer");
+                fs::create_dir(&layer).map_err(io("create", &layer))?;
+                tree::over(&root, &base.tree, &layer)?;
+                ext4::of(&layer, &files.disk)?;
+                files.base = base.disk;
+            }
+            None => ext4::of(&root, &files.disk)?,
+        }
+        if let Some(data) = &self.recipe.data {
+            ext4::empty(data.mib, &files.data)?;
+        }
         let cell = Cell::new(guest.gateway, self.recipe.backend.as_ref().map(|b| b.address))?;
         let backend = match &self.recipe.backend {
             Some(backend) => {
@@ -263,7 +266,7 @@ impl Job {
             accelerator: host.accelerator.clone(),
             smp: 1,
             memory_mib: self.recipe.memory_mib,
-            devices: machine::devices(MAC),
+            devices: machine::devices(MAC, &self.recipe.disks()),
             netdev: machine::NETDEV.to_owned(),
             append: APPEND.to_owned(),
         }
@@ -284,39 +287,6 @@ impl Job {
                 .collect(),
             reseeds: true,
         }
-    }
-}
-
-/// The back end a guest is warmed against.
-#[derive(Debug)]
-pub(crate) struct Backend {
-    // In this order: the server stops before its folder goes.
-    server: Server,
-    _dir: Scratch,
-}
-
-impl Backend {
-    /// A server in the cell; `seed` is what it holds.
-    pub(crate) fn of(address: Ipv4Addr, port: u16, seed: Option<&str>, cell: &Cell) -> Result<Backend> {
-        let dir = Scratch::new(std::env::temp_dir().join(format!("{}-pg", cell.name())))?;
-        Ok(Backend { server: Server::start(Some(&cell.path()), dir.path(), address, port, seed)?, _dir: dir })
-    }
-
-    fn start(b: &BackendRecipe, root: &Path, cell: &Cell) -> Result<Backend> {
-        let backend = Backend::of(b.address, b.port, None, cell)?;
-        let server = &backend.server;
-        server.trust_own_address(b.address)?;
-        for line in &b.schema {
-            let mut command = tools::inside(root, line);
-            command.env("PGHOST", b.address.to_string()).env("PGPORT", b.port.to_string()).env("PGUSER", "postgres");
-            cell.run(&format!("schema line {line:?}"), &mut command)?;
-        }
-        if !b.sql.is_empty() {
-            server.sql(&b.database, &b.sql)?;
-        }
-        let password = b.password.replace('\'', "''");
-        server.sql("postgres", &format!("ALTER ROLE {} LOGIN PASSWORD '{password}'", b.user))?;
-        Ok(backend)
     }
 }
 
@@ -391,12 +361,19 @@ impl Prepared {
         let store = &self.job.store;
         let device = fs::read(&self.files.device).map_err(io("read", &self.files.device))?;
         let part = |file: &Path, kind| cutter.part(file, kind, DISK_CHUNK);
+        let (recipe, files) = (&self.job.recipe, &self.files);
         let memory = memory::cut(cutter, &self.files.memory, &touched.order, touched.requests, None)?;
         let mut parts = vec![
-            part(&self.files.disk, PartKind::Disk)?,
-            part(&self.files.kernel, PartKind::Kernel)?,
-            part(&self.files.initrd, PartKind::Initrd)?,
+            part(&files.disk, PartKind::Disk)?,
+            part(&files.kernel, PartKind::Kernel)?,
+            part(&files.initrd, PartKind::Initrd)?,
         ];
+        if recipe.base.is_some() {
+            parts.push(part(&files.base, PartKind::Base)?);
+        }
+        if recipe.data.is_some() {
+            parts.push(cutter.part(&files.data, PartKind::Data, DATA_CHUNK)?);
+        }
         if self.backend.is_some() {
             parts.push(part(&self.seed(), PartKind::BackendSeed)?);
         }
@@ -419,11 +396,6 @@ impl Prepared {
         self.progress.done(&format!("{} stored", manifest.stored()));
         Ok((manifest, Digest::of(signed.manifest.as_bytes())))
     }
-}
-
-/// Runs what waits for programs and disks away from the runtime's own threads.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::Unhealthy(format!("a build step was cut off: {e}")))
 }
 
 #[cfg(test)]

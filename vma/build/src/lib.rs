@@ -10,5 +10,6 @@ pub mod postgres;
 pub mod recipe;
 pub mod record;
 pub mod snapshot;
+pub mod workshop;
 
 pub use build::{Built, Options, build};

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use vmatrix_model::config::parse_toml;
-use vmatrix_model::manifest::Health;
+use vmatrix_model::manifest::{Health, PartKind};
 use vmatrix_model::{Digest, ServiceId};
 use vmatrix_vma_image::error::{Error, Result, io};
 
@@ -16,6 +16,9 @@ pub struct Recipe {
     pub name: String,
     /// One sentence for people.
     pub about: String,
+    /// The base it stands on, by the name of its file in `base` beside the recipe; without one it brings all it needs.
+    #[serde(default)]
+    pub base: Option<String>,
     /// Debian packages; their dependencies come with them, recommendations do not.
     pub packages: Vec<String>,
     /// Guest memory, MiB.
@@ -42,6 +45,19 @@ pub struct Recipe {
     pub warm: Vec<Request>,
     #[serde(default)]
     pub backend: Option<BackendRecipe>,
+    /// A disk that it writes. Such a service is a singleton: its writes are not thrown away.
+    #[serde(default)]
+    pub data: Option<DataRecipe>,
+}
+
+/// A disk that the guest writes, empty when it is built.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataRecipe {
+    /// Its size, MiB, 16 to 65536; what was never written takes no room.
+    pub mib: u32,
+    /// The folder where it is found inside the guest.
+    pub mount: String,
 }
 
 /// Files taken from a package.
@@ -130,6 +146,8 @@ pub enum Engine {
     Postgresql,
 }
 
+/// Sizes of a disk that is written, MiB: its journal and what describes it take some 5.
+const DATA_MIB: std::ops::RangeInclusive<u32> = 16..=65_536;
 /// Most times one request is sent: with 150 ms an answer that is two minutes.
 const TIMES_MAX: u32 = 800;
 
@@ -179,6 +197,12 @@ impl Recipe {
         self.check().map_err(|problem| Error::BadRecipe { file: file.to_owned(), problem })
     }
 
+    /// The disks of its guest.
+    pub fn disks(&self) -> Vec<PartKind> {
+        let base = self.base.iter().map(|_| PartKind::Base);
+        [PartKind::Disk].into_iter().chain(base).chain(self.data.iter().map(|_| PartKind::Data)).collect()
+    }
+
     fn check(&self) -> std::result::Result<(), String> {
         if self.name.parse::<ServiceId>().is_err() {
             return Err(Error::BadName { name: self.name.chars().take(80).collect() }.to_string());
@@ -195,16 +219,15 @@ impl Recipe {
         if !self.health.path.starts_with('/') {
             return Err(format!("health.path {:?} does not begin with /", self.health.path));
         }
-        let packages = self.packages.iter().chain(self.extracts.iter().map(|e| &e.package));
-        for package in packages {
-            let good = package.len() > 1
-                && package.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
-                && package.starts_with(|c: char| c.is_ascii_alphanumeric());
-            if !good {
-                return Err(format!("{package:?} is not the name of a Debian package"));
-            }
+        if let Some(base) = self.base.as_deref().filter(|name| !is_label(name)) {
+            return Err(format!("base = {base:?} is not the name of a base, which is a-z, 0-9 and -"));
         }
+        if let Some(data) = self.data.as_ref().filter(|d| !DATA_MIB.contains(&d.mib)) {
+            return Err(format!("data.mib = {} is not {} to {}", data.mib, DATA_MIB.start(), DATA_MIB.end()));
+        }
+        are_packages(self.packages.iter().chain(self.extracts.iter().map(|e| &e.package)))?;
         let inside = self.files.iter().map(|f| &f.to).chain(self.extracts.iter().map(|e| &e.to));
+        let inside = inside.chain(self.data.iter().map(|d| &d.mount));
         for path in inside {
             if !path.starts_with('/') || path.split('/').any(|p| p == "..") {
                 return Err(format!("{path:?} is not an absolute path inside the guest"));
@@ -225,6 +248,27 @@ impl Recipe {
             _ => Ok(()),
         }
     }
+}
+
+/// Refuses what is no name of a package.
+pub(crate) fn are_packages<'a>(mut packages: impl Iterator<Item = &'a String>) -> std::result::Result<(), String> {
+    let is_good = |package: &str| {
+        package.len() > 1
+            && package.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
+            && package.starts_with(|c: char| c.is_ascii_alphanumeric())
+    };
+    match packages.find(|package| !is_good(package)) {
+        Some(package) => Err(format!("{package:?} is not the name of a Debian package")),
+        None => Ok(()),
+    }
+}
+
+/// Whether it is the name of a base or of a release: part of a file's name and of a command.
+pub(crate) fn is_label(word: &str) -> bool {
+    !word.is_empty()
+        && word.len() <= 30
+        && word.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && word.starts_with(|c: char| c.is_ascii_lowercase())
 }
 
 fn plain_word(word: &str) -> bool {
@@ -263,9 +307,14 @@ mod tests {
             ("[80]", "[]", "at least one port"),
             ("[\"nginx\"]", "[]", "at least one line"),
             ("\"r\"", "\"../r\"", "not the name of an image"),
+            ("memory_mib", "base = \"../x\"\nmemory_mib", "not the name of a base"),
         ] {
             let error = refusal(|t| t.replacen(from, to, 1));
             assert!(error.contains(says), "{to}: {error}");
+        }
+        for (mib, mount, says) in [(4, "/srv", "data.mib = 4"), (64, "srv", "not an absolute path")] {
+            let error = refusal(|t| format!("{t}[data]\nmib = {mib}\nmount = \"{mount}\"\n"));
+            assert!(error.contains(says), "{error}");
         }
         let error = refusal(|t| format!("{t}[[file]]\nfrom = \"a\"\nto = \"/etc/../../a\"\n"));
         assert!(error.contains("not an absolute path inside the guest"), "{error}");

@@ -7,14 +7,13 @@
 //! ```
 //! A list belongs to one snapshot: another boot of the same guest puts the same things on other pages.
 
-use crate::build::cell::Cell;
+use crate::build::backend::Backend;
 use crate::build::give_back::{Kinds, is_zero};
-use crate::build::process::Process;
 use crate::build::progress::Progress;
 use crate::build::requests;
-use crate::build::tools::Scratch;
-use crate::build::{Backend, blocking, memory_place, tools};
+use crate::build::tools;
 use crate::recipe::{self, Request};
+use crate::workshop::{Cell, Process, Scratch, blocking, memory_place};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -35,9 +34,9 @@ use vmatrix_vma_pager::{Engine, preload};
 /// Requests of one pass: a list of the first answer alone made the second one wait (315 ms instead of 50).
 const REQUESTS: u32 = 60;
 /// Most passes.
-const PASSES: u32 = 3;
-/// A pass whose share of new pages is no more than this is the last, percent.
-const NEW_PERCENT: u64 = 1;
+const PASSES: u32 = 5;
+/// A pass with no more new pages than this is the last: each of them would cost a guest far away a round trip.
+const NEW_MAX: u64 = 1;
 /// Between two passes the requests' numbers are this far apart.
 const SKIP: u32 = 7;
 /// A guest whose every first touch of a page is seen is slower than one that is left alone.
@@ -101,6 +100,7 @@ impl Suspended<'_> {
         let memory = File::open(&self.files.memory).map_err(io("open", &self.files.memory))?;
         let mut touched = Touched::default();
         let mut known = HashSet::new();
+        let (mut first_of_all, mut then) = (Vec::new(), Vec::new());
         for number in 0..PASSES {
             progress.step(&format!("record the working set: resume {} and send {REQUESTS} requests", number + 1));
             let (pages, first) = self.pass(number).await?;
@@ -114,12 +114,17 @@ impl Suspended<'_> {
                 progress.done(&format!("new and not zero, in MiB: {}", kinds.table(full)));
             }
             touched.passes.push(pass);
-            touched.order.extend(fresh);
+            let (before, after) = pages.split_at_checked(first as usize).unwrap_or((&pages, &[]));
+            first_of_all.extend_from_slice(before);
+            then.extend_from_slice(after);
             touched.requests += REQUESTS;
-            if number > 0 && outside * 100 <= pass.pages * NEW_PERCENT {
+            if outside <= NEW_MAX {
                 break;
             }
         }
+        // What any of the passes needed for its first answer comes before what only the others needed.
+        let mut listed = HashSet::new();
+        touched.order = first_of_all.into_iter().chain(then).filter(|page| listed.insert(*page)).collect();
         Ok(touched)
     }
 
@@ -128,7 +133,7 @@ impl Suspended<'_> {
         let here = Scratch::new(self.scratch.join(format!("record-{number}")))?;
         let files = Files { memory: here.path().join("memory"), ..self.files.clone() };
         let engine = Engine::record(&files.memory, &self.files.memory).map_err(failed)?;
-        let tap = self.cell.tap("tap0")?;
+        let tap = self.cell.tap()?;
         let run = Run {
             name: format!("record-{}", self.name),
             qmp: here.path().join("qmp"),
@@ -143,6 +148,8 @@ impl Suspended<'_> {
             arguments.drain(at..(at + 2).min(arguments.len()));
         }
         let mut command = machine::command(&arguments, &tap);
+        // What it writes to a disk goes there, and with it.
+        command.env("TMPDIR", here.path());
         preload(&mut command, &files.memory, false).map_err(failed)?;
         let process = Process::start(command, here.path())?;
         drop(tap);
@@ -276,10 +283,9 @@ impl Laid {
         let manifest = inspect::inspect(store, name, &[])?.manifest;
         let store = Store::open(store)?;
         let key = inspect::owner_key(&manifest, &store)?;
-        let tag = format!("{}{name}-{}", tools::SCRATCH, std::process::id());
         let absolute = std::path::absolute(store.dir()).map_err(io("find", store.dir()))?;
         let (memory, disk) = (memory_place(manifest.machine.memory_mib), absolute);
-        let (memory, disk) = (Scratch::new(memory.join(&tag))?, Scratch::new(disk.join(&tag))?);
+        let (memory, disk) = (Scratch::within(&memory, name)?, Scratch::within(&disk, name)?);
         let files = Files {
             memory: memory.path().join("memory"),
             device: memory.path().join("device"),
@@ -289,8 +295,9 @@ impl Laid {
         let need = Need::blob(&manifest.device, manifest.seal.is_some());
         let device = chunks::open(&store.chunk(&need.digest)?, &need, key.as_ref())?;
         fs::write(&files.device, device).map_err(io("write", &files.device))?;
-        if let Some(part) = manifest.part(PartKind::Disk) {
-            chunks::assemble(part, &store, &files.disk)?;
+        let disks = [(PartKind::Disk, &files.disk), (PartKind::Base, &files.base), (PartKind::Data, &files.data)];
+        for (part, file) in disks.into_iter().filter_map(|(kind, file)| Some((manifest.part(kind)?, file))) {
+            chunks::assemble(part, &store, file)?;
         }
         Ok(Laid { store, manifest, files, memory, disk })
     }

@@ -3,15 +3,19 @@
 //! ```text
 //! memory file + unchanged(page) ─▶ packs of what changed  ┐
 //! the parent's tables ─▶ its packs, for everything else   ┼▶ signed manifest: parent, epoch + 1
-//! device state ─▶ one blob; disk, kernel: the parent's    ┘
+//! device state ─▶ one blob                                │
+//! data's file + written chunks ─▶ its part; the others,   │
+//! what is only read, and the kernel: the parent's         ┘
 //! ```
+//! Memory, device state and data are of one moment: the guest stands still, and its disks were flushed.
+//!
 //! The child's tables name all of its packs, also those that only the parent's holders have: whoever resumes it needs
 //! no parent, and does not fetch what it has.
 
 use std::fs;
 use std::path::Path;
 use vmatrix_model::Digest;
-use vmatrix_model::manifest::Manifest;
+use vmatrix_model::manifest::{Manifest, PartKind};
 use vmatrix_vma_image::chunks::Cutter;
 use vmatrix_vma_image::error::{Error, Result, io};
 use vmatrix_vma_image::memory::{self, Map, Parent};
@@ -37,6 +41,17 @@ pub struct Child<'a> {
     pub order: &'a [u32],
     /// The owner's key, where the parent is sealed.
     pub key: Option<&'a OwnerKey>,
+    /// What the guest wrote of the image's data; without it the child has the parent's.
+    pub data: Option<Data<'a>>,
+}
+
+/// What a guest wrote of its data.
+#[derive(Debug, Clone, Copy)]
+pub struct Data<'a> {
+    /// The disk's file; chunks that were not written may be missing.
+    pub file: &'a Path,
+    /// Chunks that may differ from the parent's, by index.
+    pub written: &'a [u32],
 }
 
 /// The working set of an image, in order: where its child begins too, for its pages stay where they are.
@@ -48,7 +63,8 @@ pub fn order(map: &Map) -> Vec<u32> {
 /// Puts the child into the store, signed by it; returns the manifest and its digest.
 ///
 /// # Errors
-/// The key is not the parent's, memory is of another size, or the store is full: then nothing is left in it.
+/// The key is not the parent's, memory or data are of another size, the parent has no data or its table is not in the
+/// store, or the store is full: then nothing is left in it.
 pub fn snapshot(store: &Store, child: &Child) -> Result<(Manifest, Digest)> {
     let (parent, parent_digest) = child.parent;
     let bad = |problem: &str| Error::BadManifest { name: parent.name.clone(), problem: problem.to_owned() };
@@ -74,12 +90,19 @@ fn put(store: &Store, cutter: &Cutter, child: &Child, parent: &Manifest, digest:
     let from = Parent { map: child.map, unchanged: child.unchanged };
     let memory = memory::cut(cutter, child.memory, child.order, requests, Some(&from))?;
     let device = fs::read(child.device).map_err(io("read", child.device))?;
+    let mut parts = parent.parts.clone();
+    if let Some(data) = child.data {
+        let no_data = || Error::BadManifest { name: parent.name.clone(), problem: "it has no data".to_owned() };
+        let part = parts.iter_mut().find(|part| part.kind == PartKind::Data).ok_or_else(no_data)?;
+        *part = cutter.changed(part, data.file, data.written)?;
+    }
     let manifest = Manifest {
         name: child.name.to_owned(),
         parent: Some(digest),
         epoch: parent.epoch + 1,
         memory,
         device: cutter.blob(&device, true)?,
+        parts,
         ..parent.clone()
     };
     let signed = sign::sign(store, &manifest)?;
@@ -92,12 +115,14 @@ pub(crate) mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
     use vmatrix_model::Bytes;
-    use vmatrix_model::manifest::{FORMAT, GuestSpec, Health, MachineSpec, Measured, Part, PartKind};
-    use vmatrix_vma_image::chunks::DISK_CHUNK;
+    use vmatrix_model::manifest::{Chunk, FORMAT, GuestSpec, Health, MachineSpec, Measured, Part};
+    use vmatrix_vma_image::chunks::{self, DATA_CHUNK, DISK_CHUNK};
     use vmatrix_vma_image::inspect;
     use vmatrix_vma_image::machine::{MACHINE_TYPE, NETDEV, devices};
 
     const PAGES: u32 = (64 << 20) / 4096;
+    /// Of the data's file: five chunks, the third of zeros, the last one short.
+    const DATA_SIZE: u64 = (4 << 16) + 8192;
     const MAC: &str = "52:54:00:12:34:56";
 
     pub(crate) struct Image {
@@ -120,6 +145,8 @@ pub(crate) mod tests {
             memory.write_all_at(page.to_string().repeat(400).as_bytes(), u64::from(page) * 4096).unwrap();
         }
         fs::write(dir.path().join("device"), "device state").unwrap();
+        let data: Vec<u8> = (0..DATA_SIZE).map(|i| if i >> 16 == 2 { 0 } else { (i / 99) as u8 }).collect();
+        fs::write(dir.path().join("data"), data).unwrap();
         let cutter = Cutter::new(&store, Some(&key));
         let part = |kind| -> Part { cutter.part(&dir.path().join("device"), kind, DISK_CHUNK).unwrap() };
         let manifest = Manifest {
@@ -136,7 +163,7 @@ pub(crate) mod tests {
                 accelerator: "tcg".to_owned(),
                 smp: 1,
                 memory_mib: 64,
-                devices: devices(MAC),
+                devices: devices(MAC, &[PartKind::Disk, PartKind::Data]),
                 netdev: NETDEV.to_owned(),
                 append: "quiet".to_owned(),
             },
@@ -151,7 +178,11 @@ pub(crate) mod tests {
             },
             memory: memory::cut(&cutter, &dir.path().join("memory"), &[4097, 4096], 60, None).unwrap(),
             device: cutter.blob(b"device state", true).unwrap(),
-            parts: [PartKind::Disk, PartKind::Kernel, PartKind::Initrd].map(part).to_vec(),
+            parts: [PartKind::Disk, PartKind::Kernel, PartKind::Initrd]
+                .map(part)
+                .into_iter()
+                .chain([cutter.part(&dir.path().join("data"), PartKind::Data, DATA_CHUNK).unwrap()])
+                .collect(),
             measured: Measured { boot_ms: 1, answer_ms: 1 },
         };
         let signed = sign::sign(&store, &manifest).unwrap();
@@ -178,6 +209,7 @@ pub(crate) mod tests {
             unchanged: &|page| !changed.contains(&page),
             order: &order(&map),
             key: Some(&image.key),
+            data: None,
         };
         let (manifest, digest) = snapshot(&image.store, &child).unwrap();
         assert_eq!((manifest.parent, manifest.epoch), (Some(image.digest), 1));
@@ -197,6 +229,93 @@ pub(crate) mod tests {
         assert!(fs::read(&whole).unwrap() == fs::read(&path).unwrap(), "other memory comes back");
     }
 
+    fn data(manifest: &Manifest, store: &Store) -> Vec<Option<Chunk>> {
+        chunks::table(manifest.part(PartKind::Data).unwrap(), store).unwrap()
+    }
+
+    /// The data of an image, as a machine lays it out.
+    fn assembled(image: &Image, manifest: &Manifest) -> Vec<u8> {
+        let to = image.dir.path().join("assembled");
+        chunks::assemble(manifest.part(PartKind::Data).unwrap(), &image.store, &to).unwrap();
+        fs::read(to).unwrap()
+    }
+
+    #[test]
+    fn of_data_only_what_was_written_is_new_and_a_child_of_a_child_has_both() {
+        let image = image();
+        let [path, memory, device] = ["data", "memory", "device"].map(|name| image.dir.path().join(name));
+        let map = memory::map(&image.manifest, &image.store).unwrap();
+        let child = |parent, file, written| Child {
+            name: "tiny",
+            memory: &memory,
+            device: &device,
+            parent,
+            map: &map,
+            unchanged: &|_| true,
+            order: &[],
+            key: Some(&image.key),
+            data: Some(Data { file, written }),
+        };
+        let file = fs::File::options().read(true).write(true).open(&path).unwrap();
+        file.write_all_at(b"in zeros", (2 << 16) + 5).unwrap();
+        file.write_all_at(&[0; 8192], 4 << 16).unwrap();
+        let whole = fs::read(&path).unwrap();
+        // As a pager keeps it: what nobody read is not there.
+        file.write_all_at(&[0; 1 << 16], 1 << 16).unwrap();
+        let (first, digest) =
+            snapshot(&image.store, &child((&image.manifest, image.digest), &path, &[2, 3, 4])).unwrap();
+        let (before, after) = (data(&image.manifest, &image.store), data(&first, &image.store));
+        assert_eq!(before[..2], after[..2]);
+        assert_eq!(before[3], after[3], "written with what it held");
+        assert!(before[2].is_none() && after[2].is_some() && before[4].is_some() && after[4].is_none());
+        assert!(assembled(&image, &first) == whole, "other data comes back");
+        assert_eq!(first.part(PartKind::Disk), image.manifest.part(PartKind::Disk));
+
+        file.write_all_at(b"later", 7).unwrap();
+        let (second, _) = snapshot(&image.store, &child((&first, digest), &path, &[0])).unwrap();
+        let expected = [&whole[..7], b"later".as_slice(), &whole[12..]].concat();
+        assert!(assembled(&image, &second) == expected, "the first child's writes are lost");
+        assert_eq!((second.epoch, second.parent), (2, Some(digest)));
+        let new =
+            |table: Vec<Option<Chunk>>, than: &[Option<Chunk>]| table.iter().zip(than).filter(|(a, b)| a != b).count();
+        assert_eq!(new(data(&second, &image.store), &after), 1);
+        inspect::verify(image.store.dir(), "tiny", &[]).unwrap();
+    }
+
+    #[test]
+    fn data_that_the_parent_does_not_have_makes_no_child_and_leaves_nothing_behind() {
+        let image = image();
+        let memory = image.dir.path().join("memory");
+        let map = memory::map(&image.manifest, &image.store).unwrap();
+        let mut without = image.manifest.clone();
+        without.parts.retain(|part| part.kind != PartKind::Data);
+        let chunks = || {
+            let folders = fs::read_dir(image.store.dir().join("chunks")).unwrap().map(|entry| entry.unwrap().path());
+            folders.map(|folder| fs::read_dir(folder).map_or(1, Iterator::count)).sum::<usize>()
+        };
+        let (data, before) = (image.dir.path().join("data"), chunks());
+        for (parent, file, written, why) in [
+            (&without, &data, 0, "no data"),
+            (&image.manifest, &memory, 0, "has 67108864 bytes"),
+            (&image.manifest, &data, 5, "none is 5"),
+        ] {
+            let child = Child {
+                name: "tiny",
+                memory: &memory,
+                device: &image.dir.path().join("device"),
+                parent: (parent, image.digest),
+                map: &map,
+                unchanged: &|_| true,
+                order: &[],
+                key: Some(&image.key),
+                data: Some(Data { file, written: &[written] }),
+            };
+            let said = snapshot(&image.store, &child).unwrap_err().to_string();
+            assert!(said.contains(why), "{said}");
+            assert_eq!(chunks(), before);
+        }
+    }
+
     #[test]
     fn another_key_or_another_size_makes_no_child() {
         let image = image();
@@ -211,6 +330,7 @@ pub(crate) mod tests {
             unchanged: &|_| true,
             order: &[],
             key,
+            data: None,
         };
         let other = OwnerKey::from_bytes([8; 32]);
         for key in [None, Some(&other)] {

@@ -3,25 +3,11 @@
 
 mod common;
 
-use common::{Cell, Process, kept, resume, stage};
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
+use common::{Cell, Process, get, kept, resume, stage};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vmatrix_vma_build::build;
-use vmatrix_vma_image::{Store, guest, health, machine, netns, sign};
-
-fn get(cell: &Cell, address: Ipv4Addr, path: &str) -> String {
-    netns::enter(&cell.path(), || {
-        let mut stream = TcpStream::connect((address, 80)).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        text.rsplit("\r\n\r\n").next().unwrap().to_owned()
-    })
-    .unwrap()
-}
+use vmatrix_vma_image::{Store, guest, health, machine, sign};
 
 /// A guest that breaks out finds itself nobody, for ever, and may not read the image's files.
 fn is_powerless(process: &Process) {

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Cell, Process, built, resume, stage};
+use common::{Cell, Process, image, resume, stage};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -12,12 +12,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use vmatrix_model::Digest;
+use vmatrix_model::manifest::Manifest;
 use vmatrix_vma_build::snapshot::{Child, order, snapshot};
 use vmatrix_vma_image::chunks::{self, Need};
 use vmatrix_vma_image::machine::{self, Files, Run, Start};
 use vmatrix_vma_image::memory::{self, Map};
 use vmatrix_vma_image::qmp::Qmp;
 use vmatrix_vma_image::seal::OwnerKey;
+use vmatrix_vma_image::store::copy_image;
 use vmatrix_vma_image::{Store, guest, health, inspect, netns};
 use vmatrix_vma_pager::{Engine, Fetch, Options, preload};
 
@@ -35,32 +37,18 @@ fn fetch(store: &Store, key: &OwnerKey) -> Fetch {
 }
 
 /// Resumes the one and only: its memory file is written to, and written pages are noted.
-async fn singleton(
-    arguments: Vec<String>,
-    cell: &Cell,
-    files: &Files,
-    run: &mut Run,
-    engine: &Engine,
-) -> (Process, Qmp) {
+async fn singleton(manifest: &Manifest, cell: &Cell, files: &Files, run: &mut Run, engine: &Engine) -> (Process, Qmp) {
     let tap = netns::open_tap(&cell.path(), "tap0").expect("needs /dev/net/tun");
     netns::ip_batch(Some(&cell.0), &["link set tap0 master br0 up".into()]).unwrap();
-    let old = run.tap_fd;
     run.tap_fd = tap.as_raw_fd();
-    let arguments: Vec<String> = arguments
-        .into_iter()
-        .map(|a| {
-            a.replace("share=off,readonly=on,rom=off", "share=on")
-                .replace(&format!("fd={old}"), &format!("fd={}", run.tap_fd))
-        })
-        .collect();
-    let mut command = machine::command(&arguments, &tap);
+    let mut command = machine::command(&machine::arguments(manifest, files, run), &tap);
     preload(&mut command, &files.memory, true).unwrap();
     let process = Process(command.spawn().unwrap());
     let pid = process.0.id() as i32;
     engine.adopt(pid).await.unwrap();
     let mut qmp = Qmp::connect(&run.qmp).await.unwrap();
-    qmp.load_state(&files.device).await.unwrap();
     engine.protect(pid).unwrap();
+    qmp.load_state(&files.device).await.unwrap();
     qmp.cont().await.unwrap();
     (process, qmp)
 }
@@ -86,10 +74,13 @@ fn digests(map: &Map) -> BTreeSet<Digest> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn machine_a_snapshot_of_a_singleton_is_small_and_resumes() {
-    let (store, manifest) = built("../../scenarios/guests/tiny.toml").await;
-    let parent = inspect::inspect(store.dir(), "tiny", &[]).unwrap();
-    let key = inspect::owner_key(&manifest, &store).unwrap().unwrap();
+    let (built, manifest) = image("tiny").await;
+    let parent = inspect::inspect(built.dir(), "tiny", &[]).unwrap();
+    let key = inspect::owner_key(&manifest, &built).unwrap().unwrap();
     let dir = tempfile::Builder::new().prefix("vmx").tempdir_in("/dev/shm").unwrap();
+    let store = Store::open(dir.path().join("store")).unwrap();
+    copy_image("tiny", &built, &store, &|_| {}).unwrap();
+    key.write(inspect::key_path(store.dir(), &key.id())).unwrap();
     let staged = stage(&manifest, &store, dir.path());
     let files = Files { memory: dir.path().join("one"), ..staged.clone() };
     let map = memory::map(&manifest, &store).unwrap();
@@ -100,14 +91,11 @@ async fn machine_a_snapshot_of_a_singleton_is_small_and_resumes() {
         name: "one".into(),
         qmp: dir.path().join("one.qmp"),
         guest_agent: dir.path().join("one.agent"),
-        tap_fd: 9999,
+        tap_fd: 0,
         console: None,
-        start: Start::Clone,
+        start: Start::Shared,
     };
-    let mut arguments = machine::arguments(&manifest, &files, &run);
-    let at = arguments.iter().position(|a| a == "-run-with").unwrap();
-    arguments.drain(at..at + 2);
-    let (process, mut qmp) = singleton(arguments, &cell, &files, &mut run, &engine).await;
+    let (process, mut qmp) = singleton(&manifest, &cell, &files, &mut run, &engine).await;
     guest::awaken_same(&run.guest_agent).await.unwrap();
     ask(&cell, manifest.guest.address, REQUESTS);
 
@@ -124,6 +112,7 @@ async fn machine_a_snapshot_of_a_singleton_is_small_and_resumes() {
         unchanged: &|page| !changed.contains(&page),
         order: &order(&map),
         key: Some(&key),
+        data: None,
     };
     let (next, _) = snapshot(&store, &child).unwrap();
     drop(process);

@@ -4,7 +4,11 @@
 //!  network's namespace │ cell                                             │ guest
 //!   .1 ──── veth ──────┼─ up0 .2 ─DNAT▶ br0 192.168.1.1 ── tap0 ──────────┼─ 192.168.1.10
 //!                      │                 └──SNAT▶ vpn0 ══▶ origin's intranet
+//!                      │ a singleton's: ri1, ri2, … ◀══ cells it left; ro0 ══▶ the cell it went to
 //! ```
+//! A connection to a singleton goes through every cell that the guest was in since the connection was opened, there
+//! and back: each cell remembers by a mark which way it came in. One that a cell has not seen yet, because only the
+//! guest has spoken since it came, was there when the guest came, and so goes back to the cell it came from.
 //!
 //! # Invariants
 //! 1. Only declared ports come in, and only while they are open: after the guest was reseeded.
@@ -12,6 +16,7 @@
 //!    tunnel down its packets are dropped, never sent plainly.
 //! 3. The guest sends with its own MAC and address only.
 //! 4. The cell itself answers nobody.
+//! 5. Through a relay goes what is of the guest's declared ports, and nothing else.
 
 use crate::steps::BackendAddress;
 use ipnet::Ipv4Net;
@@ -26,6 +31,15 @@ pub const BRIDGE: &str = "br0";
 pub const TAP: &str = "tap0";
 /// The tunnel's device.
 pub const TUNNEL: &str = "vpn0";
+
+/// What relays that bring packets are called, with their number behind: `ri1`.
+pub const RELAY_IN: &str = "ri";
+/// The relay that takes packets to the cell where the guest is now.
+pub const RELAY_OUT: &str = "ro0";
+/// Most relays that bring packets to a cell, one per machine that the guest was on: its number is half a byte.
+pub const RELAYS_MAX: u8 = 15;
+/// The route of packets that go back through relay `n` is table `100 + n`.
+const RELAY_TABLE: u32 = 100;
 
 /// Both ends of the link between a network and a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +85,89 @@ pub const SETTINGS: &[(&str, &str)] = &[
     ("net/netfilter/nf_conntrack_tcp_loose", "0"),
 ];
 
+/// As [`SETTINGS`], after those, for the cell of a singleton: a connection is taken up in its middle, and whichever
+/// way its packets come.
+pub const SINGLETON_SETTINGS: &[(&str, &str)] = &[
+    ("net/netfilter/nf_conntrack_tcp_loose", "1"),
+    ("net/netfilter/nf_conntrack_tcp_be_liberal", "1"),
+    ("net/ipv4/conf/all/rp_filter", "0"),
+    ("net/ipv4/conf/default/rp_filter", "0"),
+];
+
+/// What the relays of a singleton's cell are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Relays<'a> {
+    pub guest: Ipv4Addr,
+    /// TCP ports of the guest.
+    pub ports: &'a [u16],
+    /// Numbers of those that bring packets, 1 to [`RELAYS_MAX`] each.
+    pub ins: &'a [u8],
+    /// The one of `ins` that comes from where the guest was last.
+    pub latest: Option<u8>,
+    /// How often the guest came to this cell: what was marked before is not known to come the same way again.
+    pub comings: u32,
+    /// Whether there is [`RELAY_OUT`]; whether packets for the guest go there is the routes' affair.
+    pub out: bool,
+}
+
+/// The rules for a cell's relays, replacing those it had; [`rules`] has been given to it before.
+pub fn relay_rules(r: &Relays) -> String {
+    let guest = r.guest;
+    let ports: Vec<String> = r.ports.iter().map(u16::to_string).collect();
+    let ports = ports.join(", ");
+    let coming = (r.comings & 0xff_ffff) << 8;
+    let (mut pass, mut came, mut back) = (String::new(), String::new(), String::new());
+    if r.out {
+        let _ = writeln!(
+            pass,
+            r#"add rule ip vmatrix relayed iifname "{UPLINK}" oifname "{RELAY_OUT}" ip daddr {guest} ct status dnat accept
+add rule ip vmatrix relayed iifname "{RELAY_IN}*" oifname "{RELAY_OUT}" ip daddr {guest} tcp dport {{ {ports} }} accept
+add rule ip vmatrix relayed iifname "{RELAY_OUT}" oifname "{RELAY_IN}*" ip saddr {guest} tcp sport {{ {ports} }} accept"#
+        );
+    }
+    if !r.ins.is_empty() {
+        let _ = writeln!(
+            pass,
+            r#"add rule ip vmatrix relayed iifname "{RELAY_IN}*" oifname "{BRIDGE}" ip daddr {guest} tcp dport {{ {ports} }} accept
+add rule ip vmatrix relayed iifname "{BRIDGE}" oifname "{RELAY_IN}*" ip saddr {guest} tcp sport {{ {ports} }} accept"#
+        );
+    }
+    for n in r.ins {
+        let _ = writeln!(came, r#"    iifname "{RELAY_IN}{n}" ct mark set {}"#, coming | u32::from(*n));
+    }
+    if let Some(latest) = r.latest {
+        let _ = writeln!(
+            back,
+            r#"    ct state new meta mark set {latest} accept
+    ct mark 0 accept
+    ct mark & 0xffffff00 == {coming} meta mark set ct mark & 0xff accept
+    meta mark set {latest}"#
+        );
+    }
+    format!(
+        r#"flush chain ip vmatrix relayed
+{pass}table ip vmatrix_relays {{}}
+delete table ip vmatrix_relays
+table ip vmatrix_relays {{
+  chain back {{
+{back}  }}
+  chain way {{
+    type filter hook prerouting priority mangle; policy accept;
+    iifname "{UPLINK}" ct mark set 0
+{came}    iifname {{ "{BRIDGE}", "{RELAY_OUT}" }} ip saddr {guest} tcp sport {{ {ports} }} goto back
+  }}
+}}
+"#
+    )
+}
+
+/// What `ip` is told so that packets with the mark of relay `n` go back through it; once its device is there. Told
+/// again it refuses the rule, and has then set the route.
+pub fn relay_routes(n: u8) -> [String; 2] {
+    let table = RELAY_TABLE + u32::from(n);
+    [format!("route replace default dev {RELAY_IN}{n} table {table}"), format!("rule add fwmark {n} lookup {table}")]
+}
+
 /// The whole rule set, replacing whatever the cell had; every port begins closed.
 pub fn rules(r: &Rules) -> String {
     let Rules { cell, guest, mac, .. } = r;
@@ -95,9 +192,12 @@ table ip vmatrix {{
     type nat hook postrouting priority srcnat; policy accept;
     oifname "{TUNNEL}" masquerade
   }}
+  chain relayed {{
+  }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
     ct state established,related accept
+    jump relayed
     iifname "{UPLINK}" oifname "{BRIDGE}" ct status dnat ct state new accept
 {backends}    iifname "{BRIDGE}" ip saddr {guest} meta l4proto tcp reject with tcp reset
   }}
@@ -161,6 +261,25 @@ mod tests {
         });
         assert!(!text.lines().any(|l| l.contains("iifname \"br0\"") && l.contains("accept")), "{text}");
         assert!(text.contains("policy drop"));
+    }
+
+    #[test]
+    fn through_a_relay_goes_what_is_of_the_guests_ports_and_back_the_way_it_came() {
+        let relays = Relays {
+            guest: [192, 168, 1, 10].into(),
+            ports: &[80, 7000],
+            ins: &[1, 3],
+            latest: Some(3),
+            comings: 2,
+            out: false,
+        };
+        let here = relay_rules(&relays);
+        let accepts: Vec<&str> = here.lines().filter(|l| l.starts_with("add rule")).collect();
+        assert_eq!(accepts.len(), 2);
+        assert!(accepts.iter().all(|l| l.contains("192.168.1.10") && l.contains("port { 80, 7000 }")), "{here}");
+        assert!(here.contains("iifname \"ri1\" ct mark set 513") && here.contains("iifname \"ri3\" ct mark set 515"));
+        let away = relay_rules(&Relays { out: true, latest: None, ins: &[], ..relays });
+        assert!(!away.contains("br0\" ip") && away.contains("ro0") && !away.contains("meta mark set"), "{away}");
     }
 
     #[test]

@@ -52,7 +52,7 @@ use rotation::Rotation;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use steps::{CellSeen, Command, Event, Fault, Life, Seen, Step};
-use vmatrix_model::assignment::{Assignment, ServiceShare};
+use vmatrix_model::assignment::{Assignment, ServiceShare, Singleton};
 use vmatrix_model::inventory::Inventory;
 use vmatrix_model::{Generation, InstanceId, MachineId, NetworkId, ServiceId, Span, Time};
 
@@ -345,7 +345,7 @@ impl Vma {
             self.all_cells().map(|(m, c)| (m.clone(), c.instance.clone())).collect();
         let healthy: Vec<(MachineId, InstanceId)> = self
             .all_cells()
-            .filter(|(_, c)| c.life == Life::Healthy)
+            .filter(|(_, c)| matches!(c.life, Life::Healthy | Life::Handed))
             .map(|(m, c)| (m.clone(), c.instance.clone()))
             .collect();
         for key in &healthy {
@@ -384,6 +384,11 @@ impl Vma {
                 (holds || !wanted::refuses(self, machine, &share.image)).then_some(Step::Resume { instance })
             }
             Life::Healthy => None,
+            // It is wanted back.
+            Life::Handed => {
+                let take = matches!(share.singleton, Some(Singleton::Take(_)));
+                take.then(|| Step::Prepare(wanted::spec(instance, share)))
+            }
             Life::Sick => self.rotation.is_out(cell.address).then_some(Step::Suspend { instance }),
         }
     }
@@ -394,13 +399,14 @@ impl Vma {
         match cell.life {
             Life::Building | Life::Ready => Some(Step::Release { instance }),
             Life::Resuming | Life::Lost => suspend,
-            Life::Healthy | Life::Sick => {
+            Life::Healthy | Life::Sick | Life::Handed => {
                 let drain = self.share(&instance.service).map_or(DRAIN_UNKNOWN, |s| s.drain);
                 let over = self.drains.get(key).is_none_or(|began| now.since(*began) >= drain);
                 let out = self.rotation.is_out(cell.address);
                 let idle = self.rotation.is_idle(cell.address);
                 let given_up = over && self.rotation.is_silent(now);
-                (idle || (out && over) || given_up).then_some(suspend).flatten()
+                let end = if cell.life == Life::Handed { Some(Step::Release { instance }) } else { suspend };
+                end.filter(|_| idle || (out && over) || given_up)
             }
         }
     }

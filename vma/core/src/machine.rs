@@ -78,7 +78,9 @@ impl Machine {
         }
         let (true, Some(has)) = (self.silent.is_some(), &mut self.has) else { return };
         let missed = |i: &InstanceId| self.missed.get(i).is_some_and(|n| *n >= KNOCKS_MAX);
-        has.cells.retain(|c| c.life == Life::Healthy && !leaving(&c.instance) && !missed(&c.instance));
+        has.cells.retain(|c| {
+            matches!(c.life, Life::Healthy | Life::Handed) && !leaving(&c.instance) && !missed(&c.instance)
+        });
     }
 
     /// Counts a cell of a silent machine no longer.

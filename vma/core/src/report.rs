@@ -4,8 +4,8 @@ use crate::machine::Machine;
 use crate::steps::{CellSeen, Life, Step};
 use crate::{Vma, wanted};
 use std::collections::BTreeMap;
-use vmatrix_model::inventory::{ImageSeen, InstanceSeen, InstanceState, Inventory, MachineSeen};
-use vmatrix_model::{Bytes, InstanceId, MachineId, Span, Time};
+use vmatrix_model::inventory::{Holder, ImageSeen, InstanceSeen, InstanceState, Inventory, MachineSeen};
+use vmatrix_model::{Bytes, InstanceId, MachineId, ServiceId, Span, Time};
 
 /// An inventory is sent at least this often.
 pub const EVERY: Span = Span::secs(1);
@@ -77,6 +77,7 @@ pub fn inventory(vma: &Vma, now: Time) -> Inventory {
         machines: vma.machines.values().map(|m| MachineSeen { free_mib: free(m), ..m.seen.clone() }).collect(),
         images: images(vma),
         instances,
+        holds: holds(vma),
         refused: vma.refused.clone(),
     }
 }
@@ -110,6 +111,15 @@ fn images(vma: &Vma) -> BTreeMap<vmatrix_model::ServiceId, ImageSeen> {
     images
 }
 
+/// Who has which singleton. A machine that others cannot ask for it is not told of.
+fn holds(vma: &Vma) -> BTreeMap<ServiceId, Holder> {
+    let holds = |(m, c): (&MachineId, &CellSeen)| {
+        let transfer = vma.machines.get(m)?.seen.transfer?;
+        Some((c.instance.service.clone(), Holder { machine: m.clone(), transfer, epoch: c.holds? }))
+    };
+    vma.all_cells().filter_map(holds).collect()
+}
+
 type State<'a> = (MachineId, InstanceState, Option<&'a CellSeen>);
 
 fn states(vma: &Vma) -> BTreeMap<InstanceId, State<'_>> {
@@ -141,9 +151,9 @@ fn state(vma: &Vma, cell: &CellSeen, stays: bool, outstanding: Option<&Step>) ->
         return InstanceState::Suspending;
     }
     match (cell.life, stays) {
-        (Life::Healthy, true) if vma.rotation.is_in(cell.address) => InstanceState::Serving,
-        (Life::Healthy, true) => InstanceState::Healthy,
-        (Life::Healthy | Life::Sick, false) => InstanceState::Draining,
+        (Life::Healthy | Life::Handed, true) if vma.rotation.is_in(cell.address) => InstanceState::Serving,
+        (Life::Healthy | Life::Handed, true) => InstanceState::Healthy,
+        (Life::Healthy | Life::Sick | Life::Handed, false) => InstanceState::Draining,
         (_, false) => InstanceState::Suspending,
         (Life::Building, true) => InstanceState::Preparing,
         (Life::Ready, true) if !matches!(outstanding, Some(Step::Resume { .. })) => InstanceState::Preparing,

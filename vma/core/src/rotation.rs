@@ -134,10 +134,10 @@ pub fn services(vma: &Vma, keep: &BTreeSet<(MachineId, InstanceId)>) -> BTreeMap
                 let key = (machine.clone(), cell.instance.clone());
                 let leaving = vma.cells.get(&key).is_some_and(|e| e.is_leaving());
                 match cell.life {
-                    Life::Healthy if keep.contains(&key) && !leaving => {
+                    Life::Healthy | Life::Handed if keep.contains(&key) && !leaving => {
                         slots.insert(Slot { cell: cell.address, weight: 1 });
                     }
-                    Life::Healthy | Life::Sick => {
+                    Life::Healthy | Life::Sick | Life::Handed => {
                         draining.insert(cell.address);
                     }
                     Life::Building | Life::Ready | Life::Resuming | Life::Lost => {}

@@ -1,8 +1,8 @@
 //! What the VM agent asks of machines and edge, and what it hears from them.
 
 use serde::{Deserialize, Serialize};
-use std::net::{Ipv4Addr, SocketAddr};
-use vmatrix_model::assignment::Assignment;
+use std::net::Ipv4Addr;
+use vmatrix_model::assignment::{Assignment, Singleton};
 use vmatrix_model::edge_config::{EdgeConfig, EdgeSeen};
 use vmatrix_model::inventory::{ImageSeen, Inventory, MachineSeen};
 use vmatrix_model::{Generation, InstanceId, MachineId, ServiceId, Span};
@@ -93,27 +93,10 @@ pub struct CellSpec {
     /// All that the guest may reach, through the tunnel.
     pub backends: Vec<BackendAddress>,
     pub memory_mib: u64,
-    /// None: a replica, whose writes are thrown away.
+    /// Where a singleton's state comes from, unless this machine holds it; see [`crate::tenure`]. None: a replica,
+    /// whose writes are thrown away.
     #[serde(default)]
     pub singleton: Option<Singleton>,
-}
-
-/// One VM whose state moves with it; see [`crate::tenure`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Singleton {
-    /// Where its state comes from, unless this machine holds it.
-    pub from: From,
-}
-
-/// Where a singleton's state comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum From {
-    /// It has never run: from its built image.
-    Begin,
-    /// From the machine that gives chunks at this address: it holds the singleton, or handed it on.
-    Machine(SocketAddr),
 }
 
 /// A back end's address in the origin's intranet.
@@ -197,6 +180,8 @@ pub enum Life {
     Sick,
     /// The VM was resumed, and its process is gone or going.
     Lost,
+    /// The singleton went on to another machine; what still comes here for it is relayed there.
+    Handed,
 }
 
 /// An image on a machine.

@@ -9,7 +9,7 @@ use crate::machine::Machine;
 use crate::pack::{Candidate, Held, pick};
 use crate::steps::{BackendAddress, CellSeen, CellSpec, Life, Step};
 use std::collections::{BTreeMap, BTreeSet};
-use vmatrix_model::assignment::ServiceShare;
+use vmatrix_model::assignment::{ServiceShare, Singleton};
 use vmatrix_model::{InstanceId, MachineId, ServiceId};
 
 /// What one round works towards.
@@ -27,8 +27,14 @@ pub fn choose(vma: &Vma) -> Chosen {
     let mut taken = taken(vma);
     for (service, share) in vma.assignment.iter().flat_map(|a| &a.services) {
         let kept = keep(vma, &taken, service, share);
-        let missing = (share.instances as usize).saturating_sub(kept.len());
+        let mut missing = (share.instances as usize).saturating_sub(kept.len());
         chosen.keep.extend(kept);
+        if missing > 0 && share.singleton == Some(Singleton::Keep) {
+            // Whoever makes one from its image makes a second one.
+            let why = "no machine here holds it, and nobody said from whom to take it";
+            chosen.refused.insert(service.clone(), why.to_owned());
+            missing = 0;
+        }
         for instance in free_names(vma, service, &chosen.keep).take(missing) {
             if let Some(machine) = ordered(vma, &instance) {
                 chosen.prepare.push((machine, spec(instance, share)));
@@ -88,7 +94,7 @@ pub fn spec(instance: InstanceId, share: &ServiceShare) -> CellSpec {
         ports: share.ports.clone(),
         backends,
         memory_mib: share.memory_mib,
-        singleton: None,
+        singleton: share.singleton,
     }
 }
 
@@ -102,7 +108,9 @@ fn want_staged(vma: &Vma, chosen: &mut Chosen, machine: MachineId, service: &Ser
 
 fn healthy(vma: &Vma, keep: &BTreeSet<(MachineId, InstanceId)>, service: &ServiceId) -> usize {
     let kept = |m: &MachineId, c: &CellSeen| keep.contains(&(m.clone(), c.instance.clone()));
-    vma.all_cells().filter(|(m, c)| c.instance.service == *service && c.life == Life::Healthy && kept(m, c)).count()
+    vma.all_cells()
+        .filter(|(m, c)| c.instance.service == *service && matches!(c.life, Life::Healthy | Life::Handed) && kept(m, c))
+        .count()
 }
 
 /// The cells of `service` that stay: the furthest along first, then those whose machine is heard, then the
@@ -152,7 +160,7 @@ fn is_barren(machine: &Machine, image: &str) -> bool {
 
 fn rank(life: Life) -> u8 {
     match life {
-        Life::Healthy => 0,
+        Life::Healthy | Life::Handed => 0,
         Life::Resuming => 1,
         Life::Ready => 2,
         Life::Building => 3,

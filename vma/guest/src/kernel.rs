@@ -2,8 +2,9 @@
 
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime, clock_settime};
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 mod request {
@@ -21,7 +22,7 @@ struct Entropy<const N: usize> {
 
 /// Mixes fresh bytes into the random pool, counts them, and has the generator take them at once.
 pub fn reseed<const N: usize>(seed: &[u8; N]) -> Result<(), String> {
-    let random = OpenOptions::new().write(true).open("/dev/urandom").map_err(|e| format!("/dev/urandom: {e}"))?;
+    let random = random()?;
     let bytes = i32::try_from(N).map_err(|e| e.to_string())?;
     let entropy = Entropy { bits: bytes * 8, bytes, pool: *seed };
     // SAFETY: the kernel reads the two counts and then `bytes` bytes, all of which `entropy` holds.
@@ -32,6 +33,21 @@ pub fn reseed<const N: usize>(seed: &[u8; N]) -> Result<(), String> {
     #[allow(unsafe_code)]
     let taken = unsafe { request::reseed(random.as_raw_fd()) };
     taken.map(drop).map_err(|e| format!("RNDRESEEDCRNG: {e}"))
+}
+
+/// The random pool, opened once: in a guest that wakes, finding a file takes milliseconds.
+fn random() -> Result<&'static File, String> {
+    static POOL: OnceLock<File> = OnceLock::new();
+    if let Some(pool) = POOL.get() {
+        return Ok(pool);
+    }
+    let pool = OpenOptions::new().write(true).open("/dev/urandom").map_err(|e| format!("/dev/urandom: {e}"))?;
+    Ok(POOL.get_or_init(|| pool))
+}
+
+/// Makes ready what an awakening needs.
+pub fn prepare() -> Result<(), String> {
+    random().map(drop)
 }
 
 /// Steps the wall clock.

@@ -29,6 +29,9 @@ fn main() -> ExitCode {
         std::thread::spawn(start);
     }
     std::thread::spawn(children::reap);
+    if let Err(problem) = kernel::prepare() {
+        eprintln!("vmatrix-vma-guest: {problem}");
+    }
     match port::serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {

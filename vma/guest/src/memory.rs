@@ -36,8 +36,10 @@ static BEFORE: Mutex<Vec<(&str, String)>> = Mutex::new(Vec::new());
 /// A run of pages: the first one's frame number, and how many.
 pub type Run = (u64, u64);
 
-/// Moves all free blocks of 2 MiB into the pool and tells where they are.
+/// Moves all free blocks of 2 MiB into the pool and tells where they are. What was written is on its disk before: the
+/// suspend follows.
 pub fn lend() -> Result<Vec<Run>, String> {
+    nix::unistd::sync();
     lower()?;
     let text = read("/proc/buddyinfo")?;
     let keep = reserved_kib(&read("/proc/zoneinfo")?) + SPARE_KIB;

@@ -55,7 +55,10 @@ pub fn obey(line: &[u8]) -> String {
             machine_id.map_or(Ok(()), |id| identity::renew(&id))?;
             Ok(json!({ "ok": true, "clock_unix_us": kernel::clock()? }))
         }
-        Order::Memory(Ask::Trim) => kernel::trim().map(|()| json!({ "ok": true })),
+        Order::Memory(Ask::Trim) => {
+            identity::look();
+            kernel::trim().map(|()| json!({ "ok": true }))
+        }
         Order::Memory(Ask::Lend) => memory::lend().map(|runs| json!({ "ok": true, "runs": runs })),
         Order::Memory(Ask::TakeBack) => memory::take_back().map(|()| json!({ "ok": true })),
         Order::Memory(Ask::Kinds) => memory::kinds().map(|runs| json!({ "ok": true, "runs": runs })),

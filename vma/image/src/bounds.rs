@@ -2,7 +2,7 @@
 //!
 //! Manifest ─▶ nothing, or the first thing in it that cannot be.
 
-use crate::chunks::{BLOB_MAX, CHUNK_MAX, STORED_MORE};
+use crate::chunks::{BLOB_MAX, CHUNK_MAX, DATA_CHUNK, STORED_MORE};
 use crate::store::is_image_name;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -21,6 +21,8 @@ const MEMORY_MIB: std::ops::RangeInclusive<u64> = 16..=PART_MAX >> 20;
 const PORTS_MAX: usize = 64;
 /// Most devices: the slots of a machine's first bus.
 const DEVICES_MAX: usize = 32;
+/// What the size of a disk that is written is a multiple of: a page of the guest that writes it.
+const DATA_UNIT: u64 = 4096;
 /// Longest argument of a device.
 const DEVICE_MAX: usize = 256;
 /// Longest kernel command line on x86.
@@ -157,6 +159,10 @@ fn check_part(part: &Part) -> Checked {
         format!("part {kind:?} has chunks of {chunk} bytes, not 4096 to {CHUNK_MAX}")
     })?;
     ensure(size <= PART_MAX, || format!("part {kind:?} of {size} bytes is larger than {PART_MAX}"))?;
+    // What of it was written is marked by chunk, and written by whole sectors.
+    ensure(kind != PartKind::Data || (chunk == DATA_CHUNK.0 && size > 0 && size % DATA_UNIT == 0), || {
+        format!("part Data of {size} bytes in chunks of {chunk} is not whole pages in chunks of {}", DATA_CHUNK.0)
+    })?;
     check_blob(&format!("table of {kind:?}"), &part.table)?;
     let longest = size.div_ceil(chunk).saturating_mul(36);
     ensure(part.table.plain.0 <= longest, || {
@@ -192,6 +198,16 @@ mod tests {
         refuses("twice", |m| m.parts.push(m.parts[1].clone()));
         refuses("has chunks of", |m| m.parts[0].chunk = Bytes(1 << 40));
         refuses("cannot have a table", |m| m.parts[0].table.plain = Bytes(1 << 20));
+        let data = |size, chunk| {
+            let table = manifest().parts[0].table;
+            Part { kind: PartKind::Data, size: Bytes(size), chunk: Bytes(chunk), table, stored: Bytes(0) }
+        };
+        for (size, chunk) in [(0, 64 << 10), (1 << 20, 4096), (4097, 64 << 10)] {
+            refuses("part Data", |m| m.parts.push(data(size, chunk)));
+        }
+        let mut written = manifest();
+        written.parts.push(data(1 << 20, 64 << 10));
+        assert_eq!(check(&written), Ok(()));
         refuses("device state", |m| m.device.plain = Bytes(17 << 20));
         refuses("first table", |m| m.memory.first.stored = Bytes(1 << 40));
         refuses("rest table", |m| m.memory.rest.stored = Bytes(0));

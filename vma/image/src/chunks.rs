@@ -4,6 +4,7 @@
 //! plain ─close─▶ stored bytes (zstd, sealed where the image is) + Need (what they must turn out to be)
 //! stored bytes ─open─▶ plain, or a refusal
 //! file ─Cutter─▶ chunks in the store + Part, whose table lists them (a chunk of zeros has no entry)
+//! parent's Part + what was written ─Cutter─▶ those chunks in the store + Part
 //! table + chunks ─PartFile─▶ the file, sparse where it is zero
 //! ```
 
@@ -20,6 +21,8 @@ use vmatrix_model::{Bytes, Digest};
 
 /// Chunk of a disk, kernel or seed: few requests, good compression.
 pub const DISK_CHUNK: Bytes = Bytes(256 << 10);
+/// Chunk of a disk that is written: a page that changes makes one new, so it is smaller.
+pub const DATA_CHUNK: Bytes = Bytes(64 << 10);
 /// Largest chunk of a part.
 pub const CHUNK_MAX: usize = 1 << 20;
 /// Largest blob: the table of the largest guest memory has 50 MiB.
@@ -55,13 +58,17 @@ impl Need {
 
 /// Stored bytes ─▶ plain bytes, of which exactly as many as needed with the right digest must come.
 ///
+/// How many bytes are stored may differ from what `need` says: a digest names plain bytes, and two images of two
+/// versions of zstd share it with one stored chunk, which only one of them can have described. What is read stays
+/// bounded all the same, by the plain bytes and [`STORED_MORE`]; what comes out, by `need` alone.
+///
 /// # Errors
-/// [`Error::BadChunk`]: wrong length before or after, another seal, not zstd, or another digest. Never allocates
-/// more than `need` declares, whatever the chunk claims to hold.
+/// [`Error::BadChunk`]: more bytes than any packing of it has, another seal, not zstd, or another length or digest
+/// when opened. Never allocates more than `need` declares, whatever the chunk claims to hold.
 pub fn open(stored: &[u8], need: &Need, key: Option<&OwnerKey>) -> Result<Vec<u8>> {
     let bad = |problem: String| Error::BadChunk { digest: need.digest, problem };
-    if stored.len() as u64 != need.stored {
-        return Err(bad(format!("{} bytes are stored, the manifest says {}", stored.len(), need.stored)));
+    if stored.len() as u64 > need.plain.saturating_add(STORED_MORE as u64) {
+        return Err(bad(format!("{} bytes are stored, too many for {} of a chunk", stored.len(), need.plain)));
     }
     let length = usize::try_from(need.plain).ok().filter(|l| *l <= BLOB_MAX);
     let length = length.ok_or_else(|| bad(format!("{} bytes are more than a chunk may hold", need.plain)))?;
@@ -176,16 +183,49 @@ impl<'a> Cutter<'a> {
             let length = (size - offset).min(plain.len() as u64);
             let here = plain.get_mut(..length as usize).unwrap_or_default();
             source.read_exact_at(here, offset).map_err(io("read", file))?;
-            chunks.push(if is_zero(here) {
-                None
-            } else {
-                let need = self.put(here, false)?;
-                Some(Chunk { digest: need.digest, stored: Bytes(need.stored) })
-            });
+            chunks.push(self.chunk(here)?);
             offset += length;
         }
         let table = self.blob(&encode_table(&chunks), false)?;
         Ok(Part { kind, size: Bytes(size), chunk, table, stored: stored(&chunks) })
+    }
+}
+
+impl Cutter<'_> {
+    /// The part that `parent` is once the chunks of these indexes are as `file` has them: only they are cut, the others
+    /// stay the parent's and need not be in the file. The parent's table must be in the store.
+    ///
+    /// # Errors
+    /// The file is of another length or cannot be read, the table is not there, an index is past the part's end, or
+    /// the store is full.
+    pub fn changed(&self, parent: &Part, file: &Path, indexes: &[u32]) -> Result<Part> {
+        let bad = |problem: String| Error::BadTable { what: format!("{:?}", parent.kind), problem };
+        let mut chunks = table(parent, self.store)?;
+        let source = File::open(file).map_err(io("open", file))?;
+        let size = source.metadata().map_err(io("look at", file))?.len();
+        if size != parent.size.0 {
+            return Err(bad(format!("{} has {size} bytes, the part {}", file.display(), parent.size.0)));
+        }
+        let mut plain = vec![0; usize::try_from(parent.chunk.0).unwrap_or(CHUNK_MAX).min(CHUNK_MAX)];
+        let count = chunks.len();
+        for index in indexes {
+            let index = *index as usize;
+            let chunk = chunks.get_mut(index).ok_or_else(|| bad(format!("it has {count} chunks, none is {index}")))?;
+            let here = plain.get_mut(..plain_length(parent, index).0 as usize).unwrap_or_default();
+            source.read_exact_at(here, offset(parent, index)).map_err(io("read", file))?;
+            *chunk = self.chunk(here)?;
+        }
+        let table = self.blob(&encode_table(&chunks), false)?;
+        Ok(Part { table, stored: stored(&chunks), ..parent.clone() })
+    }
+
+    /// Puts a chunk of a part, which is none where it is zeros.
+    fn chunk(&self, plain: &[u8]) -> Result<Option<Chunk>> {
+        if is_zero(plain) {
+            return Ok(None);
+        }
+        let need = self.put(plain, false)?;
+        Ok(Some(Chunk { digest: need.digest, stored: Bytes(need.stored) }))
     }
 }
 

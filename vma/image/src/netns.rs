@@ -1,6 +1,7 @@
 //! Network namespaces: doing something inside one, and what `ip` does in batches.
 
 use crate::error::{Error, Result, io};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -24,6 +25,22 @@ pub fn enter<T: Send>(path: &Path, f: impl FnOnce() -> T + Send) -> Result<T> {
         Ok(f())
     };
     std::thread::scope(|scope| scope.spawn(inside).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Gives a namespace another name: what is in it stays and goes on.
+///
+/// # Errors
+/// There is none of that name, or the new name is taken.
+pub fn rename(old: &str, new: &str) -> Result<()> {
+    let (old, new) = (path(old), path(new));
+    File::create_new(&new).map_err(io("make", &new))?;
+    let none = None::<&Path>;
+    let moved = mount(Some(&old), &new, none, MsFlags::MS_BIND, none)
+        .and_then(|()| umount2(&old, MntFlags::MNT_DETACH))
+        .map_err(|e| io("rename network namespace", &old)(e.into()));
+    // The name that is none any more.
+    let _ = std::fs::remove_file(if moved.is_ok() { &old } else { &new });
+    moved
 }
 
 mod request {

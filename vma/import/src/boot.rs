@@ -11,14 +11,13 @@ use nix::unistd::{User, chown};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 use vmatrix_model::manifest::{GuestSpec, Health, MachineSpec, Measured};
-use vmatrix_vma_image::machine::{CLONE_USER, Files, QEMU, Run, Start, command, machine_arguments};
+use vmatrix_vma_build::workshop::{Process, blocking};
+use vmatrix_vma_image::machine::{CLONE_USER, Files, Run, Start, command, machine_arguments};
 use vmatrix_vma_image::qmp::Qmp;
-use vmatrix_vma_image::{Error as ImageError, guest, health};
+use vmatrix_vma_image::{guest, health};
 
 /// One question whether it serves.
 const ASK_LIMIT: Duration = Duration::from_secs(5);
@@ -50,17 +49,6 @@ pub(crate) struct Slept {
     pub(crate) reseeds: bool,
 }
 
-/// A QEMU that ends when this does.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Already ended is as good; a killed child must still be waited for.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 impl Guest<'_> {
     /// Boots it, and leaves memory, device state and disk of one moment in its files.
     ///
@@ -77,10 +65,8 @@ impl Guest<'_> {
             console: Some(self.console()),
             start: Start::Boot,
         };
-        let mut start = command(&machine_arguments(self.spec, self.files, &run), &tap);
-        let errors = self.scratch.join("stderr");
-        start.process_group(0).stderr(File::create(&errors).map_err(io("create", &errors))?);
-        let mut process = Process(spawn(&mut start)?);
+        let start = command(&machine_arguments(self.spec, self.files, &run), &tap);
+        let mut process = Process::start(start, self.scratch)?;
         drop(tap);
 
         observer(Event::Step("boot the guest (a minute or two under TCG)"));
@@ -107,8 +93,7 @@ impl Guest<'_> {
         qmp.save_state(&self.files.device).await?;
         qmp.quit().await?;
         // Until it has ended it may still write to the disk.
-        let ended = tokio::task::spawn_blocking(move || process.0.wait());
-        ended.await.map_err(|e| Error::CutOff(e.to_string()))?.map_err(io("wait for", Path::new(QEMU)))?;
+        blocking(move || process.end()).await??;
         Ok(Slept { measured: Measured { boot_ms, answer_ms }, reseeds })
     }
 
@@ -144,7 +129,7 @@ impl Guest<'_> {
     }
 
     fn runs(&self, process: &mut Process) -> Result<()> {
-        match process.0.try_wait().map_err(io("wait for", Path::new(QEMU)))? {
+        match process.ended() {
             None => Ok(()),
             Some(status) => {
                 let said = tail(&self.scratch.join("stderr")) + &tail(&self.console());
@@ -180,16 +165,6 @@ impl Guest<'_> {
         let median = took.get(took.len() / 2).map_or(0, Duration::as_millis);
         Ok(u64::try_from(median).unwrap_or(u64::MAX))
     }
-}
-
-fn spawn(command: &mut Command) -> Result<Child> {
-    command.spawn().map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => {
-            let package = "-t bookworm-backports qemu-system-x86";
-            ImageError::Missing { program: QEMU.to_owned(), package }.into()
-        }
-        _ => io("run", Path::new(QEMU))(e),
-    })
 }
 
 /// The last lines of a file, without what would draw on a terminal.

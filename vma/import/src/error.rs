@@ -51,8 +51,6 @@ pub enum Error {
         after.as_secs()
     )]
     Unhealthy { after: Duration, why: String, address: Ipv4Addr, gateway: Ipv4Addr, said: String },
-    #[error("an import's step was cut off: {0}; run the same again")]
-    CutOff(String),
     #[error(transparent)]
     Image(#[from] vmatrix_vma_image::Error),
     #[error("{program} is missing; install it with `apt-get install {package}`")]

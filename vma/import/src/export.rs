@@ -10,7 +10,6 @@ use crate::convert::{self, Watch};
 use crate::digests;
 use crate::error::{Error, Result, io};
 use crate::progress::{Count, Event, Observer};
-use crate::scratch::Scratch;
 use crate::source::Format;
 use crate::tar;
 use ring::digest::{Context, SHA256};
@@ -22,6 +21,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use vmatrix_model::Bytes;
 use vmatrix_model::manifest::{Manifest, Part, PartKind};
+use vmatrix_vma_build::workshop::Scratch;
 use vmatrix_vma_image::chunks::{self, Need};
 use vmatrix_vma_image::{Error as ImageError, Store, sign};
 

@@ -14,31 +14,23 @@ use crate::boot::{Guest, Slept};
 use crate::cell::Cell;
 use crate::error::{Error, Result, io};
 use crate::progress::{Event, Observer};
-use crate::scratch::Scratch;
 use crate::seed;
 use crate::source::{self, Disk, Format};
-use nix::sys::statvfs::statvfs;
 use std::fs::{self, Permissions};
-use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmatrix_model::manifest::{FORMAT, GuestSpec, Health, MachineSpec, Manifest, Measured, PartKind};
 use vmatrix_model::{Bytes, Digest};
+use vmatrix_vma_build::workshop::{ADDRESS, GATEWAY, MAC, Scratch, blocking, memory_place, owner_key};
 use vmatrix_vma_image::chunks::{Cutter, DISK_CHUNK};
 use vmatrix_vma_image::machine::{self as qemu, Files};
 use vmatrix_vma_image::seal::OwnerKey;
 use vmatrix_vma_image::{Error as ImageError, Store, memory, sign};
 
-/// Every guest has this private address wherever it runs; its cell makes it unique (paper §4.1).
-const ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 10);
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 1, 1);
-const MAC: &str = "52:54:00:12:34:56";
 /// Guest memory where nobody says how much, MiB.
 const MEMORY_MIB: u64 = 512;
-/// Guest memory and what lies beside it: device state, a console's output.
-const BESIDE_MEMORY_MIB: u64 = 64;
 /// Most paths a guest is warmed with, and most times each is asked.
 const WARM_MAX: usize = 64;
 const TIMES_MAX: u32 = 200;
@@ -253,33 +245,6 @@ impl Prepared {
         self.store.put_image(&manifest.name, &signed)?;
         Ok((manifest, Digest::of(signed.manifest.as_bytes())))
     }
-}
-
-/// The store's own key, which is made if there is none.
-fn owner_key(store: &Store) -> Result<OwnerKey> {
-    let own = store.dir().join("keys").join("owner");
-    if !own.exists() {
-        let key = OwnerKey::generate()?;
-        key.write(vmatrix_vma_image::inspect::key_path(store.dir(), &key.id()))?;
-        // The link is what counts, and comes last. Where another was faster, this key is nobody's.
-        match nix::unistd::symlinkat(key.id().to_string().as_str(), nix::fcntl::AT_FDCWD, &own) {
-            Ok(()) | Err(nix::errno::Errno::EEXIST) => {}
-            Err(e) => return Err(io("name the store's own key", &own)(e.into())),
-        }
-    }
-    Ok(OwnerKey::read(&own)?)
-}
-
-/// Memory that a guest writes belongs into memory; where there is not enough of it, a disk has to do.
-fn memory_place(guest_mib: u64) -> PathBuf {
-    let shm = Path::new("/dev/shm");
-    let free = statvfs(shm).map_or(0, |s| s.blocks_available().saturating_mul(s.fragment_size()));
-    if free >> 20 >= guest_mib + BESIDE_MEMORY_MIB { shm.to_owned() } else { std::env::temp_dir() }
-}
-
-/// Runs what waits for programs and disks away from the runtime's own threads.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::CutOff(e.to_string()))
 }
 
 #[cfg(test)]

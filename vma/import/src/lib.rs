@@ -19,7 +19,6 @@ mod lease;
 pub mod ovf;
 pub mod progress;
 pub mod qcow2;
-mod scratch;
 mod seed;
 pub mod source;
 pub mod tar;

@@ -29,8 +29,11 @@ impl Cell {
         let name = format!("vmx-test-{}-{name}", std::process::id());
         netns::ip_batch(None, &[format!("netns add {name}")]).expect("needs root and iproute2");
         let cell = Cell(name);
-        let lines =
-            ["link add br0 type bridge".into(), format!("address add {gateway}/24 dev br0"), "link set br0 up".into()];
+        let lines = [
+            format!("link add br0 address {} type bridge", qemu::BRIDGE_MAC),
+            format!("address add {gateway}/24 dev br0"),
+            "link set br0 up".into(),
+        ];
         netns::ip_batch(Some(&cell.0), &lines).unwrap();
         cell
     }
@@ -236,7 +239,7 @@ async fn machine_a_disk_without_cloud_init_gets_its_address_by_dhcp_and_is_flagg
     assert_eq!(Digest::of(&fs::read(&files.disk).unwrap()), before, "a clone wrote to the image's disk");
     let left: Vec<_> = fs::read_dir(&path).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(
-        !left.iter().any(|n| n.to_string_lossy().contains("vmatrix-disk")),
+        !left.iter().any(|n| n.to_string_lossy().contains("vmatrix-build")),
         "something in between is left: {left:?}"
     );
 }
@@ -263,7 +266,7 @@ async fn machine_a_guest_that_never_serves_is_told_of_with_its_console_and_leave
     assert!(error.contains("not healthy after 12 s") && error.contains("192.168.1.10/24"), "{error}");
     let left: Vec<_> = fs::read_dir(&path).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(
-        !left.iter().any(|n| n.to_string_lossy().contains("vmatrix-disk")),
+        !left.iter().any(|n| n.to_string_lossy().contains("vmatrix-build")),
         "something in between is left: {left:?}"
     );
     let shm = fs::read_dir("/dev/shm").unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned());

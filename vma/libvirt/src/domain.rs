@@ -206,7 +206,7 @@ mod tests {
             accelerator: "tcg".to_owned(),
             smp: 1,
             memory_mib: 128,
-            devices: devices("52:54:00:12:34:56"),
+            devices: devices("52:54:00:12:34:56", &[vmatrix_model::manifest::PartKind::Disk]),
             netdev: NETDEV.to_owned(),
             append: "quiet x='<&>'".to_owned(),
         }

@@ -43,21 +43,29 @@ impl Adopted {
         let process = syscall(libc::SYS_pidfd_open, pid, 0, 0);
         let process = process.map_err(|source| Error::Adopt { pid, what: "find it", source })?;
         let (segments, private) = mappings(pid, file)?;
-        let Some(first) = segments.first() else { return Ok(None) };
-        let mut seen = 0;
+        if segments.is_empty() {
+            return Ok(None);
+        }
+        let (mut seen, mut ready) = (0, 0);
         for number in userfaultfds(pid)? {
             let Ok(fd) = syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) else { continue };
             let uffd = Uffd::from(fd);
             seen += 1;
             // Registering once more changes nothing, and only the descriptor that has the range is let.
-            if segments.iter().all(|s| uffd.register(s.start, s.len, false).is_ok()) {
-                let adopted = Adopted { pid, process, uffd, segments, private };
-                adopted.wake_all()?;
-                return Ok(Some(adopted));
+            match segments.iter().try_for_each(|s| uffd.register(s.start, s.len, false)) {
+                Ok(()) => {
+                    let adopted = Adopted { pid, process, uffd, segments, private };
+                    adopted.wake_all()?;
+                    return Ok(Some(adopted));
+                }
+                // Opened, and the kernel has not been told for which version of itself.
+                Err(Errno::EINVAL) => {}
+                Err(_) => ready += 1,
             }
         }
-        // The library registers right behind the mapping: a process caught between the two has no descriptor yet.
-        if seen == 0 && first.len > 0 {
+        // The library registers right behind the mapping: a process caught between the two has no descriptor yet, or
+        // one that is not ready.
+        if ready == 0 {
             return Ok(None);
         }
         Err(Error::Process { pid, problem: format!("none of its {seen} userfaultfds has its memory; end it") })

@@ -35,6 +35,12 @@ impl Bits {
         was
     }
 
+    /// Those in it, in order.
+    pub fn all(&self) -> Vec<u32> {
+        let words = (0u32..).zip(&self.words).filter(|(_, word)| **word != 0);
+        words.flat_map(|(at, word)| (0..64).filter(move |b| word & (1 << b) != 0).map(move |b| at * 64 + b)).collect()
+    }
+
     /// Pages in it.
     pub fn len(&self) -> u32 {
         self.set
@@ -54,6 +60,7 @@ mod tests {
         let mut bits = Bits::new(130);
         assert!(bits.insert(129) && !bits.insert(129) && bits.has(129) && !bits.has(128));
         assert_eq!(bits.len(), 1);
+        assert!(bits.insert(0) && bits.all() == [0, 129] && bits.remove(0));
         assert!(bits.remove(129) && !bits.remove(129) && !bits.has(129));
         assert_eq!(bits.len(), 0);
     }

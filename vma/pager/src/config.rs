@@ -21,9 +21,9 @@ pub struct Config {
     /// The memory file, on a tmpfs; made if it is not there. For a singleton it is new with each resume: what it
     /// holds is believed.
     pub memory: PathBuf,
-    /// The root disk, read over NBD as it arrives.
+    /// The disks of the image, over NBD as they arrive.
     #[serde(default)]
-    pub disk: Option<DiskConfig>,
+    pub disks: Option<DisksConfig>,
     /// Socket on which the pager is told what to do; for root only.
     pub control: PathBuf,
     /// File with the owner's key of a sealed image; without it the sources are asked for the key.
@@ -34,7 +34,7 @@ pub struct Config {
     /// Who else has chunks.
     #[serde(serialize_with = "sources")]
     pub sources: SourcesConfig,
-    /// Whether one guest maps the memory and writes to it (a singleton).
+    /// Whether one guest maps the memory and writes to it (a singleton), and writes to the image's data, if it has any.
     #[serde(default)]
     pub shared: bool,
     /// Cap on what is fetched ahead of need, past the working set: megabits a second.
@@ -54,14 +54,22 @@ pub struct Config {
     pub stuck_ms: u64,
 }
 
-/// Where a lazily read disk is.
+/// Where the disks of an image are.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// Sparse file that keeps what was read.
-    pub file: PathBuf,
-    /// NBD socket; its export is called `disk`.
+pub struct DisksConfig {
+    /// Folder with a sparse file for each disk, which keeps what was read of it, and what was written. Data that is
+    /// written belongs to one life of one memory file: where that is new, the folder must be too.
+    pub dir: PathBuf,
+    /// NBD socket; its exports are called as [`vmatrix_vma_image::machine::export`] says.
     pub socket: PathBuf,
+}
+
+impl DisksConfig {
+    /// The file of the disk that is exported under this name; a snapshot reads written data from it.
+    pub fn file(&self, export: &str) -> PathBuf {
+        self.dir.join(format!("{export}.part"))
+    }
 }
 
 fn yes() -> bool {
@@ -105,7 +113,7 @@ mod tests {
         let text = r#"{"image":"/i","signers":["aa"],"memory":"/m","control":"/c","store":"/s",
             "sources":{"identity":"/id","addresses":["127.0.0.1:1"],"limits":{"background_mbit":5}}}"#;
         let config: Config = serde_json::from_str(text).unwrap();
-        assert!(config.working_set && config.background && !config.shared && !config.record && config.disk.is_none());
+        assert!(config.working_set && config.background && !config.shared && !config.record && config.disks.is_none());
         assert_eq!(config.stuck_ms, 10_000);
         let again: Config = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(format!("{again:?}"), format!("{config:?}"));

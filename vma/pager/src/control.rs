@@ -35,6 +35,7 @@ pub(crate) enum Request {
     Pause { paused: bool },
     Protect { pid: i32 },
     Dirty { pid: i32 },
+    Written,
     Quit,
 }
 
@@ -47,6 +48,7 @@ pub(crate) enum Answer {
     Pages(Vec<u32>),
     /// Each a first page and the one after the last.
     Runs(Vec<(u32, u32)>),
+    Chunks(Vec<u32>),
     Failed(String),
 }
 
@@ -73,7 +75,7 @@ impl Control {
     }
 
     /// Has it take over the faults of process `pid`, which may still be starting: waits up to 20 s until it has
-    /// mapped its memory. Also lets that process read the disk.
+    /// mapped its memory. Also lets that process have the disks.
     ///
     /// # Errors
     /// There is no such process, or it cannot be served: end it.
@@ -119,7 +121,8 @@ impl Control {
         self.done(&Request::Pause { paused: false }).await
     }
 
-    /// Begins anew to note which pages process `pid` writes, as [`crate::Engine::protect`].
+    /// Begins anew to note which pages process `pid` writes, as [`crate::Engine::protect`]; never because the pager
+    /// was started anew.
     ///
     /// # Errors
     /// It is not adopted or not tracked.
@@ -134,6 +137,19 @@ impl Control {
     pub async fn dirty(&mut self, pid: i32) -> Result<Vec<Range<u32>>> {
         match self.ask(&Request::Dirty { pid }).await? {
             Answer::Runs(runs) => Ok(runs.into_iter().map(|(start, end)| start..end).collect()),
+            other => Err(self.odd(&other)),
+        }
+    }
+
+    /// The chunks of the image's data that differ from the image, by index, in order; some may have been written with
+    /// what they held before. Ask while the guest stands still, after its disks were flushed (QEMU does that when it
+    /// saves the device state).
+    ///
+    /// # Errors
+    /// The image has no data, or nobody writes it here.
+    pub async fn written(&mut self) -> Result<Vec<u32>> {
+        match self.ask(&Request::Written).await? {
+            Answer::Chunks(chunks) => Ok(chunks),
             other => Err(self.odd(&other)),
         }
     }

@@ -87,6 +87,13 @@ pub struct Status {
     /// Why a page or a piece of the disk cannot be had, once somebody has waited for it too long. It is tried on;
     /// end the guest.
     pub stuck: Option<String>,
+    /// Bytes of the chunks of the image's data that the guest has written.
+    #[serde(default)]
+    pub written_bytes: u64,
+    /// Why the last write of the image's data found no room. The guest stands still for it (QEMU stops it); with room
+    /// made it can be had go on, and has lost nothing.
+    #[serde(default)]
+    pub full: Option<String>,
 }
 
 /// How long a process may take from its start until it has mapped its memory.
@@ -231,7 +238,9 @@ impl Engine {
         self.tell(Order::Pause(paused))
     }
 
-    /// Begins anew to note which pages process `pid` writes.
+    /// Begins anew to note which pages process `pid` writes, and forgets what it wrote before: to be called before its
+    /// state is loaded, and later only once all that it wrote is in a snapshot. The kernel keeps the notes, so a pager
+    /// that is started anew only adopts.
     ///
     /// # Errors
     /// It is not adopted, not tracked ([`Error::Untracked`]), or has ended.

@@ -18,6 +18,10 @@ pub enum Error {
     Taken { path: PathBuf },
     #[error("{} has {has} bytes, the guest's memory {needs}; remove it, it belongs to another image", path.display())]
     WrongSize { path: PathBuf, has: u64, needs: u64 },
+    #[error(
+        "{} says what another guest wrote, of which memory is gone or the image is another; remove it with the disk's          file beside it to begin from the image", path.display()
+    )]
+    Written { path: PathBuf },
     #[error("cannot {what}; this needs root, Linux 6.7 or newer and a memory file on tmpfs")]
     Kernel {
         what: &'static str,

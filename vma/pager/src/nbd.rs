@@ -1,7 +1,7 @@
-//! A disk for QEMU: NBD over a Unix socket, one read-only export.
+//! Disks for QEMU: NBD over a Unix socket, an export for each, of which data alone is written.
 //!
 //! ```text
-//! connection ─▶ may its process read this? ─▶ handshake (fixed newstyle) ─▶ requests ─▶ Disk::read ─▶ replies
+//! connection ─▶ may its process have these? ─▶ handshake (fixed newstyle): which? ─▶ requests ─▶ Disk ─▶ replies
 //! ```
 //! QEMU connects as root, and again, after this process was started anew, as the user that owns nothing. Every
 //! guest on the machine is that user, so the socket's mode cannot tell them apart: a process that is not root's is
@@ -19,28 +19,26 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 
-/// The export's name.
-pub const EXPORT: &str = "disk";
-/// Connections at once; each guest has one, and there are fewer guests than this on a machine.
-const CONNECTIONS_MAX: usize = 1024;
+/// Connections at once; each guest has one for each disk, and there are fewer guests than a third of this on a machine.
+const CONNECTIONS_MAX: usize = 3072;
 /// A handshake takes a few messages.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// A guest that connects again may do so before this process was told whom it serves.
 const KNOWN_WITHIN: Duration = Duration::from_secs(5);
 
-/// Says whether a process, by pid, may read the disk.
+/// Says whether a process, by pid, may have the disks.
 pub(crate) type Allowed = Arc<dyn Fn(i32) -> bool + Send + Sync>;
 
-/// Serves the disk to whoever connects and may read it, for ever.
-pub(crate) async fn serve(listener: UnixListener, disk: Arc<Disk>, allowed: Allowed) {
+/// Serves disks to whoever connects and may have them, for ever.
+pub(crate) async fn serve(listener: UnixListener, disks: Vec<Arc<Disk>>, allowed: Allowed) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let room = requests::room();
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
         let stream = socket::accept(&listener).await;
-        let (disk, allowed, room) = (disk.clone(), allowed.clone(), room.clone());
+        let (disks, allowed, room) = (disks.clone(), allowed.clone(), room.clone());
         tokio::spawn(async move {
-            if let Err(why) = connection(stream, disk, allowed, room).await {
+            if let Err(why) = connection(stream, &disks, allowed, room).await {
                 tracing::debug!(why = %why, "a connection to the disk ended");
             }
             drop(place);
@@ -50,7 +48,7 @@ pub(crate) async fn serve(listener: UnixListener, disk: Arc<Disk>, allowed: Allo
 
 async fn connection(
     mut stream: UnixStream,
-    disk: Arc<Disk>,
+    disks: &[Arc<Disk>],
     allowed: Allowed,
     room: Arc<Semaphore>,
 ) -> std::io::Result<()> {
@@ -63,10 +61,10 @@ async fn connection(
         );
         return Ok(());
     }
-    let go_on = timeout(HANDSHAKE_LIMIT, handshake::shake(&mut stream, disk.size())).await;
+    let go_on = timeout(HANDSHAKE_LIMIT, handshake::shake(&mut stream, disks)).await;
     match go_on.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))?? {
-        true => requests::serve(stream, disk, room).await,
-        false => Ok(()),
+        Some(disk) => requests::serve(stream, disk, room).await,
+        None => Ok(()),
     }
 }
 

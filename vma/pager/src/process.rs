@@ -1,13 +1,13 @@
-//! The pager as a process: configuration ─▶ image, sources, engine, disk, control; until it is told to end.
+//! The pager as a process: configuration ─▶ image, sources, engine, disks, control; until it is told to end.
 //!
 //! ```text
-//! manifest ─▶ device state, first table ─▶ Engine (working set) ─▶ rest table ─▶ background ─▶ disk chunks
+//! manifest ─▶ device state, first table ─▶ Engine (working set) ─▶ rest table ─▶ background ─▶ disks' chunks
 //!             control socket, NBD socket: open from the first moment, what is asked too early waits
 //! ```
 
-use crate::config::{Config, DiskConfig};
+use crate::config::{Config, DisksConfig};
 use crate::control::{self, Answer, Request};
-use crate::disk::Disk;
+use crate::disk::{Disk, Life};
 use crate::engine::{Engine, Fetch, Options, Status};
 use crate::error::{Error, io, sys};
 use crate::nbd;
@@ -15,6 +15,7 @@ use crate::pushed::Pushed;
 use crate::socket;
 use crate::state::{Class, Hydrate};
 use anyhow::Context;
+use futures_util::future::try_join_all;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -30,6 +31,7 @@ use vmatrix_model::Digest;
 use vmatrix_model::manifest::{MANIFEST_MAX, Manifest, PartKind, SignedManifest};
 use vmatrix_vma_image::Store;
 use vmatrix_vma_image::chunks::{Need, decode_table};
+use vmatrix_vma_image::machine;
 use vmatrix_vma_image::memory::{First, Map, Rest, pages};
 use vmatrix_vma_image::seal::OwnerKey;
 use vmatrix_vma_image::sign;
@@ -56,8 +58,14 @@ struct Pager {
     pushed: Option<Arc<Pushed>>,
     engine: watch::Sender<Option<Arc<Engine>>>,
     progress: Mutex<Progress>,
-    disk: Option<Arc<Disk>>,
+    disks: Vec<Served>,
     end: Notify,
+}
+
+/// A disk, and where its table is put once that is here.
+struct Served {
+    disk: Arc<Disk>,
+    table: watch::Sender<Table>,
 }
 
 /// How far the process is beside its engine.
@@ -65,8 +73,8 @@ struct Pager {
 struct Progress {
     /// Device state is in the local store.
     device: bool,
-    /// Every chunk of the disk is in the local store, or there is no disk.
-    disk: bool,
+    /// Every chunk of the disks is in the local store, or there are no disks.
+    disks: bool,
     /// What nothing goes on without, since when it is tried for, and why it does not come.
     trouble: Option<(Instant, String)>,
 }
@@ -90,17 +98,17 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
         (None, Some(id)) => Some(sources.key(id).await?),
         (None, None) => None,
     };
+    // While what a guest needs first is pushed to somebody else: a page that was not foreseen is asked for at once.
+    let connecting = sources.clone();
+    tokio::spawn(async move { connecting.connect().await });
     // Only whoever holds this replaces the sockets of an earlier process.
     let _alone = alone(&config.control)?;
-    let (table, chunks) = watch::channel(None);
     let pushed = Pushed::from_environment(sources.local_store()).map(Arc::new);
-    let fetch = fetch(&sources, None, None);
-    let disk = match (&config.disk, manifest.part(PartKind::Disk)) {
-        (Some(DiskConfig { file, .. }), Some(part)) => Some(Arc::new(Disk::open(file, part.clone(), chunks, fetch)?)),
-        (Some(_), None) => anyhow::bail!("image {} has no disk to serve; leave `disk` out", manifest.name),
-        (None, _) => None,
+    let disks = match &config.disks {
+        Some(at) => open_disks(at, &config, &manifest, &fetch(&sources, None, None))?,
+        None => Vec::new(),
     };
-    let nbd = config.disk.as_ref().map(|disk| socket::listen(&disk.socket, 0o666)).transpose()?;
+    let nbd = config.disks.as_ref().map(|at| socket::listen(&at.socket, 0o666)).transpose()?;
     let listener = socket::listen(&config.control, 0o600)?;
     tracing::info!(image = manifest.name, digest = %digest, memory = %config.memory.display(), "pager begins");
     let pager = Arc::new(Pager {
@@ -111,13 +119,14 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
         pushed,
         engine: watch::Sender::new(None),
         progress: Mutex::default(),
-        disk,
+        disks,
         end: Notify::new(),
     });
-    if let (Some(nbd), Some(disk)) = (nbd, &pager.disk) {
+    if let Some(nbd) = nbd {
+        let disks = pager.disks.iter().map(|served| served.disk.clone()).collect();
         let known = pager.clone();
         let allowed = move |pid| known.engine.borrow().as_ref().is_some_and(|engine| engine.is_adopted(pid));
-        tokio::spawn(nbd::serve(nbd, disk.clone(), Arc::new(allowed)));
+        tokio::spawn(nbd::serve(nbd, disks, Arc::new(allowed)));
     }
     let asked = pager.clone();
     tokio::spawn(control::serve(listener, move |request| {
@@ -129,7 +138,7 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     tokio::select! {
-        result = pager.bring(table) => {
+        result = pager.bring() => {
             result?;
             pager.end.notified().await;
         }
@@ -139,6 +148,23 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
     }
     tracing::info!(image = pager.manifest.name, "pager ends");
     Ok(())
+}
+
+/// Opens the image's disks. Its data is written by a singleton, and by nobody else: clones of a guest write over it.
+fn open_disks(at: &DisksConfig, config: &Config, manifest: &Manifest, fetch: &Fetch) -> anyhow::Result<Vec<Served>> {
+    let mut disks = Vec::new();
+    for kind in [PartKind::Disk, PartKind::Base, PartKind::Data] {
+        let (Some(part), Some(export)) = (manifest.part(kind), machine::export(kind)) else { continue };
+        let writes = config.shared && kind == PartKind::Data;
+        let life = writes.then(|| Life::of(&config.memory)).transpose()?;
+        let (table, chunks) = watch::channel(None);
+        let disk = Disk::open(&at.file(export), part.clone(), life, chunks, fetch.clone())?;
+        disks.push(Served { disk: Arc::new(disk), table });
+    }
+    if disks.is_empty() {
+        anyhow::bail!("image {} has no disk to serve; leave `disks` out", manifest.name);
+    }
+    Ok(disks)
 }
 
 /// Takes the lock beside a control socket, as long as it is held.
@@ -166,7 +192,8 @@ fn fetch(sources: &Sources, key: Option<OwnerKey>, pushed: Option<Arc<Pushed>>) 
     let sources = sources.clone();
     Arc::new(move |need: Need, class| {
         let (sources, key) = (sources.clone(), key.clone());
-        let pushed = pushed.clone().filter(|_| class == Class::Critical);
+        // A guest that runs while it is pushed to waits for what is under way: to ask for it again would send it twice.
+        let pushed = pushed.clone().filter(|pushed| class == Class::Critical || pushed.brings(&need.digest));
         let class = match class {
             Class::Miss => Urgency::Miss,
             Class::Critical => Urgency::Critical,
@@ -186,10 +213,13 @@ type Table = Option<Arc<Vec<Option<vmatrix_model::manifest::Chunk>>>>;
 
 impl Pager {
     /// Brings everything, in order of need; returns when all is here.
-    async fn bring(&self, table: watch::Sender<Table>) -> anyhow::Result<()> {
+    async fn bring(&self) -> anyhow::Result<()> {
         let pages = pages(&self.manifest)?;
         let first = self.blob(&Need::blob(&self.manifest.memory.first, false)).await;
         let map = Map::new(pages, First::decode(&first, pages)?)?;
+        if let Some(pushed) = &self.pushed {
+            pushed.expect(map.packs().iter().map(|pack| pack.digest));
+        }
         let config = &self.config;
         let hydrate = Hydrate {
             working_set: config.working_set && !config.record,
@@ -201,8 +231,8 @@ impl Pager {
         let options = Options {
             hydrate,
             shared: config.shared,
-            // A guest whose disk is here needs this process anyway.
-            release: config.disk.is_none(),
+            // A guest whose disks are here needs this process anyway.
+            release: config.disks.is_none(),
             sealed: self.manifest.seal.is_some(),
             stuck_after: Duration::from_millis(config.stuck_ms),
             ..Options::default()
@@ -216,21 +246,25 @@ impl Pager {
         self.engine.send_replace(Some(engine.clone()));
         let rest = self.blob(&Need::blob(&self.manifest.memory.rest, false)).await;
         engine.complete(Rest::decode(&rest, pages)?).await?;
-        if let Some(part) = self.manifest.part(PartKind::Disk).filter(|_| self.disk.is_some()) {
-            let chunks = decode_table(part, &self.blob(&Need::blob(&part.table, false)).await)?;
-            let needs = chunks.iter().enumerate();
-            let needs: Vec<Need> = needs.filter_map(|(i, c)| Some(Need::part(part, i, c.as_ref()?))).collect();
-            table.send_replace(Some(Arc::new(chunks)));
-            if config.background && config.working_set {
-                self.bring_disk(&engine, needs).await;
-            }
+        let needs = try_join_all(self.disks.iter().map(|served| self.bring_table(served))).await?;
+        if config.background && config.working_set {
+            self.bring_disks(&engine, needs.concat()).await;
         }
-        self.progress().disk = true;
+        self.progress().disks = true;
         Ok(())
     }
 
-    /// Has every chunk of the disk in the local store, behind all of memory.
-    async fn bring_disk(&self, engine: &Engine, needs: Vec<Need>) {
+    /// Brings the table of a disk; what it names.
+    async fn bring_table(&self, served: &Served) -> anyhow::Result<Vec<Need>> {
+        let Some(part) = self.manifest.part(served.disk.kind()) else { return Ok(Vec::new()) };
+        let chunks = decode_table(part, &self.blob(&Need::blob(&part.table, false)).await)?;
+        let needs = chunks.iter().enumerate().filter_map(|(i, c)| Some(Need::part(part, i, c.as_ref()?))).collect();
+        served.table.send_replace(Some(Arc::new(chunks)));
+        Ok(needs)
+    }
+
+    /// Has every chunk of the disks in the local store, behind all of memory.
+    async fn bring_disks(&self, engine: &Engine, needs: Vec<Need>) {
         while !engine.status().hydrated {
             sleep(AGAIN).await;
         }
@@ -246,7 +280,7 @@ impl Pager {
             while let Some(got) = fill.next().await {
                 match got {
                     Ok(arrived) => drop(missing.remove(&arrived.need.digest)),
-                    Err(e) => tracing::debug!(error = %e, "a chunk of the disk does not come ahead of need"),
+                    Err(e) => tracing::debug!(error = %e, "a chunk of a disk does not come ahead of need"),
                 }
             }
             if !missing.is_empty() {
@@ -290,9 +324,15 @@ impl Pager {
                 self.end.notify_one();
                 return Answer::Done;
             }
+            Request::Written => self.written(),
             request => self.ask_engine(request).await,
         };
         result.unwrap_or_else(|e| Answer::Failed(format!("{e:#}")))
+    }
+
+    fn written(&self) -> anyhow::Result<Answer> {
+        let written = self.disks.iter().find_map(|served| served.disk.written());
+        Ok(Answer::Chunks(written.context("the image has no data that is written here")?))
     }
 
     async fn ask_engine(&self, request: Request) -> anyhow::Result<Answer> {
@@ -324,7 +364,7 @@ impl Pager {
                 };
                 ask(runs, pid).await??
             }
-            Request::Status | Request::Quit => Answer::Done,
+            Request::Status | Request::Written | Request::Quit => Answer::Done,
         })
     }
 
@@ -332,13 +372,15 @@ impl Pager {
         let mut status = self.engine.borrow().as_ref().map(|engine| engine.status()).unwrap_or_default();
         let progress = self.progress();
         status.critical &= progress.device;
-        status.hydrated &= progress.device && progress.disk;
+        status.hydrated &= progress.device && progress.disks;
         let limit = Duration::from_millis(self.config.stuck_ms);
         let late = |since: &Duration| *since >= limit;
         let trouble = progress.trouble.as_ref().map(|(since, why)| (since.elapsed(), why.clone()));
-        let disk = self.disk.as_ref().and_then(|disk| disk.trouble());
-        let trouble = trouble.into_iter().chain(disk).find(|(since, _)| late(since)).map(|(_, why)| why);
+        let disks = self.disks.iter().filter_map(|served| served.disk.trouble());
+        let trouble = trouble.into_iter().chain(disks).find(|(since, _)| late(since)).map(|(_, why)| why);
         status.stuck = status.stuck.or(trouble);
+        status.written_bytes = self.disks.iter().map(|served| served.disk.written_bytes()).sum();
+        status.full = self.disks.iter().find_map(|served| served.disk.full());
         status
     }
 

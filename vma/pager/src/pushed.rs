@@ -4,8 +4,8 @@
 //! started at the same moment would ask for the same bytes again; so it looks for them in the store for as long as
 //! they keep coming, and fills memory while they do.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::collections::BTreeSet;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use vmatrix_model::Digest;
@@ -25,6 +25,8 @@ pub(crate) struct Pushed {
     silent_after: Duration,
     /// When something came last.
     came: Mutex<Instant>,
+    /// Packs that it brings, once the first table has told them.
+    packs: OnceLock<BTreeSet<Digest>>,
 }
 
 impl Pushed {
@@ -35,7 +37,18 @@ impl Pushed {
     }
 
     pub fn new(store: Store, silent_after: Duration) -> Pushed {
-        Pushed { store, silent_after, came: Mutex::new(Instant::now()) }
+        Pushed { store, silent_after, came: Mutex::new(Instant::now()), packs: OnceLock::new() }
+    }
+
+    /// Notes what it brings: the working set.
+    pub fn expect(&self, packs: impl Iterator<Item = Digest>) {
+        // Told once, by the one task that reads the first table.
+        let _ = self.packs.set(packs.collect());
+    }
+
+    /// Whether this is known to come.
+    pub fn brings(&self, digest: &Digest) -> bool {
+        self.packs.get().is_some_and(|packs| packs.contains(digest))
     }
 
     /// Waits until the chunk is in the store, or the push is over.

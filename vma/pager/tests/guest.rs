@@ -41,6 +41,8 @@ fn process_that_pages() {
 /// A store that serves the image `tiny`, and a machine that has nothing of it.
 struct World {
     dir: tempfile::TempDir,
+    /// The server's store; only read.
+    kept: PathBuf,
     signed: SignedManifest,
     manifest: Manifest,
     key: Option<OwnerKey>,
@@ -49,14 +51,22 @@ struct World {
     signer: String,
 }
 
-fn kept() -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join("store")
+/// A store that has the image: one that was filled beforehand, or one of the tests' own.
+async fn built() -> PathBuf {
+    let filled = std::env::var_os("VMATRIX_STORE").map(PathBuf::from);
+    if let Some(store) = filled.filter(|store| inspect::inspect(store, "tiny", &[]).is_ok()) {
+        return store;
+    }
+    let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scenarios/guests/tiny.toml");
+    let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join("store");
+    vmatrix_vma_build::build(&recipe, &kept, &vmatrix_vma_build::Options::default()).await.unwrap();
+    kept
 }
 
 /// A server of the store, at an address of its own or at this one.
-async fn serve(dir: &tempfile::TempDir, at: Option<SocketAddr>) -> (SocketAddr, JoinHandle<()>) {
+async fn serve(store: &Path, dir: &tempfile::TempDir, at: Option<SocketAddr>) -> (SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind(at.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)))).await.unwrap();
-    let (identity, store) = (Identity::read(dir.path().join("server")).unwrap(), Store::read(kept()).unwrap());
+    let (identity, store) = (Identity::read(dir.path().join("server")).unwrap(), Store::read(store).unwrap());
     let server = Server::new(ServerConfig { identity, store, keys: None, rate_mbit: None }).unwrap();
     let address = listener.local_addr().unwrap();
     (address, tokio::spawn(async move { server.run(listener, std::future::pending()).await }))
@@ -64,25 +74,24 @@ async fn serve(dir: &tempfile::TempDir, at: Option<SocketAddr>) -> (SocketAddr, 
 
 impl World {
     async fn new() -> World {
-        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scenarios/guests/tiny.toml");
-        let kept = kept();
-        vmatrix_vma_build::build(&recipe, &kept, &vmatrix_vma_build::Options::default()).await.unwrap();
+        let kept = built().await;
         let store = Store::read(&kept).unwrap();
         let signer = sign::public(&store).unwrap();
         let signed = store.image("tiny").unwrap().unwrap();
         let (manifest, _) = sign::verify(&signed, std::slice::from_ref(&signer)).unwrap();
         let dir = dir();
+        std::fs::create_dir(dir.path().join("disks")).unwrap();
         // QEMU has become nobody when it connects to its disk again.
         std::fs::set_permissions(dir.path(), Permissions::from_mode(0o711)).unwrap();
         let authority = Authority::create(dir.path().join("authority")).unwrap();
         authority.issue(Role::Machine, "m1").unwrap().write(dir.path().join("identity")).unwrap();
         let identity = authority.issue(Role::Store, "s1").unwrap();
         identity.write(dir.path().join("server")).unwrap();
-        let (address, server) = serve(&dir, None).await;
+        let (address, server) = serve(&kept, &dir, None).await;
         let key = inspect::owner_key(&manifest, &Store::read(&kept).unwrap()).unwrap();
         key.iter().for_each(|key| key.write(dir.path().join("key")).unwrap());
         std::fs::write(dir.path().join("manifest.json"), serde_json::to_vec(&signed).unwrap()).unwrap();
-        World { dir, signed, manifest, key, address, server, signer }
+        World { dir, kept, signed, manifest, key, address, server, signer }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -92,7 +101,7 @@ impl World {
     fn configure(&self, more: serde_json::Value) -> PathBuf {
         let mut config = serde_json::json!({
             "image": self.path("manifest.json"), "signers": [self.signer], "memory": self.path("memory"),
-            "disk": { "file": self.path("disk"), "socket": self.path("disk.sock") }, "control": self.path("control"),
+            "disks": { "dir": self.path("disks"), "socket": self.path("disk.sock") }, "control": self.path("control"),
             "store": self.path("store"),
             "sources": { "identity": self.path("identity"), "addresses": [self.address] },
         });
@@ -270,7 +279,7 @@ async fn machine_with_demand_alone_two_clones_answer_and_first_touches_are_recor
 #[tokio::test(flavor = "multi_thread")]
 async fn machine_a_source_that_is_lost_is_said_and_one_that_comes_back_is_used() {
     let mut world = World::new().await;
-    world.configure(serde_json::json!({ "working_set": false, "disk": null, "stuck_ms": 1000 }));
+    world.configure(serde_json::json!({ "working_set": false, "disks": null, "stuck_ms": 1000 }));
     let (_pager, mut control) = world.pager().await;
     until(&mut control, |s| s.critical).await;
     let mut guest = common::Guest::start(&world.path("memory"), "private", false);
@@ -282,7 +291,7 @@ async fn machine_a_source_that_is_lost_is_said_and_one_that_comes_back_is_used()
     let said = status.stuck.unwrap();
     assert!(said.contains("page ") && said.contains("cannot be had since"), "{said}");
     eprintln!("{said}");
-    world.server = serve(&world.dir, Some(world.address)).await.1;
+    world.server = serve(&world.kept, &world.dir, Some(world.address)).await.1;
     assert_eq!(guest.answer(), "touched");
     assert_eq!(until(&mut control, |s| s.waiting == 0).await.stuck, None);
 }
@@ -331,8 +340,8 @@ async fn machine_the_kernel_knows_every_page_that_a_singleton_changes() {
 async fn machine_what_another_process_brings_is_not_asked_for_again() {
     let world = World::new().await;
     world.server.abort();
-    world.configure(serde_json::json!({ "disk": null, "background": false }));
-    let (from, to) = (Store::read(kept()).unwrap(), Store::open(world.path("store")).unwrap());
+    world.configure(serde_json::json!({ "disks": null, "background": false }));
+    let (from, to) = (Store::read(&world.kept).unwrap(), Store::open(world.path("store")).unwrap());
     let (_pager, mut control) = world.pager_with(&[(PUSHED_VARIABLE, "5000")]).await;
     let memory = &world.manifest.memory;
     let map = memory::map(&world.manifest, &from).unwrap();
@@ -353,7 +362,7 @@ async fn machine_what_another_process_brings_is_not_asked_for_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn machine_a_second_pager_ends_and_the_first_goes_on() {
     let world = World::new().await;
-    world.configure(serde_json::json!({ "disk": null, "background": false }));
+    world.configure(serde_json::json!({ "disks": null, "background": false }));
     let (_first, mut control) = world.pager().await;
     until(&mut control, |s| s.critical).await;
     let mut command = Command::new(std::env::current_exe().unwrap());

@@ -29,6 +29,10 @@ pub const DATA_MAX: usize = FRAME_MAX - 5;
 pub const ADDRESSES_MAX: usize = 4;
 /// Longest name of an image, bytes.
 const NAME_MAX: usize = 64;
+/// Longest question to another machine, bytes: it fits a frame with its number.
+pub const QUESTION_MAX: usize = 8 << 10;
+/// Longest answer to one, bytes.
+pub const REPLY_MAX: usize = 64 << 10;
 /// Longest text of a refusal, bytes.
 const TEXT_MAX: usize = 240;
 /// The version of all this, agreed in the TLS handshake (ALPN).
@@ -85,6 +89,11 @@ pub enum Request {
     Ping {
         token: u64,
     },
+    /// A machine's question to the machine that serves: JSON, at most [`QUESTION_MAX`] bytes.
+    Ask {
+        request: u32,
+        question: Vec<u8>,
+    },
 }
 
 /// What a stream carries.
@@ -98,6 +107,8 @@ pub enum What {
     Key { id: Digest },
     /// Nothing: all that [`Request::Open`] pushes was sent.
     Pushed { request: u32 },
+    /// The answer to [`Request::Ask`]: JSON, at most [`REPLY_MAX`] bytes.
+    Reply { request: u32 },
 }
 
 /// What a refusal refers to.
@@ -106,6 +117,7 @@ pub enum Refers {
     Open { request: u32 },
     Key { id: Digest },
     Chunk { digest: Digest },
+    Ask { request: u32 },
 }
 
 /// What a server answers; `Data` and `Pad` borrow, for they are most of what is sent.
@@ -174,6 +186,7 @@ mod kind {
     pub const KEY: u8 = 5;
     pub const WARM: u8 = 6;
     pub const PING: u8 = 7;
+    pub const ASK: u8 = 8;
     pub const BEGIN: u8 = 65;
     pub const DATA: u8 = 66;
     pub const RESET: u8 = 67;
@@ -235,6 +248,10 @@ impl Request {
             Request::Key { id } => w.u8(kind::KEY).digest(id),
             Request::Warm { bytes } => w.u8(kind::WARM).u32(*bytes),
             Request::Ping { token } => w.u8(kind::PING).u64(*token),
+            Request::Ask { request, question } => {
+                let cut = question.get(..question.len().min(QUESTION_MAX)).unwrap_or_default();
+                w.u8(kind::ASK).u32(*request).u32(cut.len() as u32).bytes(cut)
+            }
         };
         w.finish()
     }
@@ -272,6 +289,13 @@ impl Request {
             kind::KEY => Request::Key { id: r.digest()? },
             kind::WARM => Request::Warm { bytes: r.u32()? },
             kind::PING => Request::Ping { token: r.u64()? },
+            kind::ASK => {
+                let (request, length) = (r.u32()?, r.u32()? as usize);
+                if length > QUESTION_MAX {
+                    return Err(Malformed::Field("length of a question"));
+                }
+                Request::Ask { request, question: r.take(length)?.to_vec() }
+            }
             other => return Err(Malformed::Kind(other)),
         };
         r.end(request)
@@ -290,6 +314,7 @@ impl<'a> Answer<'a> {
                     What::Chunk { digest } => w.u8(1).digest(digest),
                     What::Key { id } => w.u8(2).digest(id),
                     What::Pushed { request } => w.u8(3).u32(*request),
+                    What::Reply { request } => w.u8(4).u32(*request),
                 }
             }
             Answer::Data { stream, bytes } => w.u8(kind::DATA).u32(*stream).bytes(bytes),
@@ -309,6 +334,7 @@ impl<'a> Answer<'a> {
                     Refers::Open { request } => w.u8(0).u32(*request),
                     Refers::Key { id } => w.u8(1).digest(id),
                     Refers::Chunk { digest } => w.u8(2).digest(digest),
+                    Refers::Ask { request } => w.u8(3).u32(*request),
                 };
                 w.text(text, TEXT_MAX)
             }
@@ -332,6 +358,7 @@ impl<'a> Answer<'a> {
                     1 => What::Chunk { digest: r.digest()? },
                     2 => What::Key { id: r.digest()? },
                     3 => What::Pushed { request: r.u32()? },
+                    4 => What::Reply { request: r.u32()? },
                     _ => return Err(Malformed::Field("kind of stream")),
                 };
                 Answer::Begin { stream, what, length }
@@ -353,6 +380,7 @@ impl<'a> Answer<'a> {
                     0 => Refers::Open { request: r.u32()? },
                     1 => Refers::Key { id: r.digest()? },
                     2 => Refers::Chunk { digest: r.digest()? },
+                    3 => Refers::Ask { request: r.u32()? },
                     _ => return Err(Malformed::Field("kind of refusal")),
                 };
                 Answer::Refused { refers, text: r.text(TEXT_MAX)? }

@@ -11,7 +11,8 @@
 //! 1. Nothing is handed on or kept that does not open to what was needed (`vmatrix_vma_image::chunks::open`).
 //! 2. A peer that is no member of the fleet reads and writes nothing; an owner's key goes to machines only.
 //! 3. A miss waits behind at most one frame of anything else, on either side of the wire.
-//! 4. What is allocated for a peer is bounded by what was asked of it.
+//! 4. Questions beside chunks ([`Sources::ask`], [`Answerer`]) are answered to machines only, and bounded.
+//! 5. What is allocated for a peer is bounded by what was asked of it.
 
 mod bucket;
 mod class;
@@ -30,7 +31,7 @@ mod tls;
 pub use class::Class;
 pub use error::{Error, Fault, Result};
 pub use frame::ImageRef;
-pub use serve::{Sent, Server, ServerConfig, StoreConfig, run, serve};
+pub use serve::{Answerer, Sent, Server, ServerConfig, StoreConfig, run, serve};
 pub use sources::{Arrived, Ask, Fill, Limits, Opened, Pushed, SourceStatus, Sources, SourcesConfig};
 #[cfg(test)]
 mod tests;

@@ -148,6 +148,8 @@ pub struct Shared {
     asked: Mutex<HashMap<Digest, u64>>,
     opens: Mutex<HashMap<u32, mpsc::Sender<Item>>>,
     keys: Mutex<HashMap<Digest, oneshot::Sender<Result<Bytes, String>>>>,
+    /// Questions under way: of each caller one.
+    questions: Mutex<HashMap<u32, oneshot::Sender<Result<Bytes, String>>>>,
     warming: AtomicBool,
     warm: watch::Sender<bool>,
     began: Instant,
@@ -155,6 +157,7 @@ pub struct Shared {
     heard: AtomicU64,
     pushed: AtomicUsize,
     last_open: AtomicU32,
+    last_question: AtomicU32,
 }
 
 /// What every link of a process has.
@@ -214,12 +217,14 @@ async fn talk(
         asked: Mutex::default(),
         opens: Mutex::default(),
         keys: Mutex::default(),
+        questions: Mutex::default(),
         warming: AtomicBool::new(false),
         warm: watch::Sender::new(false),
         began: Instant::now(),
         heard: AtomicU64::new(0),
         pushed: AtomicUsize::new(0),
         last_open: AtomicU32::new(0),
+        last_question: AtomicU32::new(0),
     });
     let link = Link { slot, address, shared: Arc::clone(&shared) };
     if let Some(at) = dialer.serving {
@@ -236,6 +241,7 @@ async fn talk(
     // Whoever waits on this connection learns that it is gone.
     lock(&shared.opens).clear();
     lock(&shared.keys).clear();
+    lock(&shared.questions).clear();
     // Warm or not, nobody need wait.
     shared.warm.send_replace(true);
     fault
@@ -325,6 +331,23 @@ impl Link {
         }
     }
 
+    /// Asks the machine that serves; its answer, or why it gives none.
+    pub async fn question(&self, question: Vec<u8>, within: Duration) -> Result<Bytes, Fault> {
+        let request = self.shared.last_question.fetch_add(1, Ordering::Relaxed);
+        let (send, reply) = oneshot::channel();
+        lock(&self.shared.questions).insert(request, send);
+        let _asks = Asks { link: self, request };
+        if !self.send(&Request::Ask { request, question }) {
+            return Err(Fault::Lost("it takes no more requests".to_owned()));
+        }
+        match tokio::time::timeout(within, reply).await {
+            Ok(Ok(Ok(bytes))) => Ok(bytes),
+            Ok(Ok(Err(text))) => Err(Fault::Refused(text)),
+            Ok(Err(_)) => Err(Fault::Lost("while it was asked".to_owned())),
+            Err(_) => Err(Fault::Silent(within.as_millis() as u64)),
+        }
+    }
+
     /// Has the source send bytes of nothing, once.
     pub fn begin_to_warm(&self) {
         if !self.shared.warming.swap(true, Ordering::Relaxed) {
@@ -344,6 +367,18 @@ impl Link {
     pub fn quiet_for(&self) -> Duration {
         let heard = Duration::from_millis(self.shared.heard.load(Ordering::Relaxed));
         self.shared.began.elapsed().saturating_sub(heard)
+    }
+}
+
+/// A question under way, however its asker ends.
+struct Asks<'a> {
+    link: &'a Link,
+    request: u32,
+}
+
+impl Drop for Asks<'_> {
+    fn drop(&mut self) {
+        lock(&self.link.shared.questions).remove(&self.request);
     }
 }
 

@@ -6,6 +6,7 @@
 //!   └ at most CONNECTIONS_MAX, and PER_PEER_MAX of one name
 //! ```
 
+mod answer;
 mod patience;
 mod peer;
 mod prepare;
@@ -17,6 +18,8 @@ use crate::identity::{Identity, Name};
 use crate::socket::{self, Unsent};
 use crate::{Sources, tls};
 use patience::Patience;
+
+pub use answer::Answerer;
 use prepare::Prepared;
 use serde::Deserialize;
 use std::collections::{HashMap, VecDeque};
@@ -24,7 +27,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, broadcast, watch};
@@ -91,6 +94,8 @@ struct Shared {
     holders: Mutex<Holders>,
     prepared: Mutex<VecDeque<Push>>,
     patience: Patience,
+    /// Who answers machines' questions, if anybody.
+    answerer: OnceLock<Answerer>,
     /// What our own sources keep, if they are followed.
     kept: Mutex<Option<broadcast::Receiver<Digest>>>,
     reads: Arc<Semaphore>,
@@ -127,6 +132,7 @@ impl Server {
                 holders: Mutex::new(Holders::new(COPIES)),
                 prepared: Mutex::default(),
                 patience: Patience::default(),
+                answerer: OnceLock::new(),
                 kept: Mutex::default(),
                 reads: Arc::new(Semaphore::new(READS_MAX)),
                 connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
@@ -142,6 +148,11 @@ impl Server {
     /// it: others who were sent here for a chunk that is on its way get it sooner. To be called before `run`.
     pub fn follow(&self, sources: &Sources) {
         *lock(&self.shared.kept) = Some(sources.kept());
+    }
+
+    /// Has other machines' questions answered; the first who is named answers. To be called before `run`.
+    pub fn answer_with(&self, answerer: Answerer) {
+        let _ = self.shared.answerer.set(answerer);
     }
 
     /// What it has sent.

@@ -14,15 +14,18 @@ mod driver;
 mod fill;
 mod open;
 
+use crate::frame::QUESTION_MAX;
 use crate::identity::Identity;
 use crate::link::Dialer;
 use crate::{Class, Error, Fault, ImageRef, Result, tls};
 use driver::{Local, Message};
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::AbortHandle;
 use vmatrix_model::manifest::{Manifest, SignedManifest};
@@ -184,6 +187,11 @@ impl Sources {
         Sources::new(&identity, local, config.addresses.clone(), config.serving, &config.limits)
     }
 
+    /// Connects to all, so that what is asked first waits for no handshake. Says how many are up.
+    pub async fn connect(&self) -> usize {
+        self.links(true).await.len()
+    }
+
     /// Connects to all and has each connection's window grow, so that what is asked later does not wait for
     /// handshakes and slow start. Says how many are up. From then on connections that end are made again, and
     /// warmed, without being asked for.
@@ -257,6 +265,31 @@ impl Sources {
     pub fn pause_background(&self, paused: bool) {
         // A driver that is gone rests anyway.
         let _ = self.inner.messages.send(Message::Pause { paused });
+    }
+
+    /// Asks the machine behind the best source that is up, and reads its answer: JSON there, at most 8 KiB, and JSON
+    /// back, at most 64 KiB. An answer is due `within` that time. Sources of one address ask that machine alone.
+    ///
+    /// # Errors
+    /// [`Error::Source`] with [`Fault::Refused`]: the machine said no, and why. With another fault it may have been
+    /// heard or not: ask again. [`Error::Nowhere`]: no source is up.
+    pub async fn ask<Q: Serialize, A: DeserializeOwned>(&self, question: &Q, within: Duration) -> Result<A> {
+        let Some(link) = self.links(false).await.into_iter().next() else {
+            let mut tried = Vec::new();
+            self.add_faults(&mut tried).await;
+            let tried: Vec<String> = tried.iter().map(ToString::to_string).collect();
+            return Err(Error::Nowhere { what: "answer".to_owned(), tried: tried.join("; ") });
+        };
+        let at = |fault| Error::Source { address: link.address, fault };
+        let bytes = serde_json::to_vec(question).map_err(|e| at(Fault::Protocol(e.to_string())))?;
+        if bytes.len() > QUESTION_MAX {
+            return Err(at(Fault::Refused(format!(
+                "a question has {QUESTION_MAX} bytes at most, not {}",
+                bytes.len()
+            ))));
+        }
+        let reply = link.question(bytes, within).await.map_err(at)?;
+        serde_json::from_slice(&reply).map_err(|e| at(Fault::WrongBytes(format!("its answer cannot be read: {e}"))))
     }
 
     /// Gets an owner's key; only a machine is given one.

@@ -84,6 +84,7 @@ pub fn inventory(name: &str, told: &Network) -> Inventory {
         machines: vec![],
         images: BTreeMap::new(),
         instances: instances.collect(),
+        holds: BTreeMap::new(),
         refused: BTreeMap::new(),
     }
 }

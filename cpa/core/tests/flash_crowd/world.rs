@@ -1,12 +1,13 @@
 //! The toy world: VM agents that resume at once, resolvers that keep answers, Poisson clients.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use vmatrix_cpa_core::{Command, Cpa, Event, Refusal};
-use vmatrix_model::assignment::Assignment;
+use vmatrix_model::assignment::{Assignment, Singleton};
 use vmatrix_model::config::parse_toml;
 use vmatrix_model::demand::{DemandCount, DemandReport};
 use vmatrix_model::fleet::Fleet;
-use vmatrix_model::inventory::{ImageSeen, InstanceSeen, InstanceState, Inventory};
+use vmatrix_model::inventory::{Holder, ImageSeen, InstanceSeen, InstanceState, Inventory};
 use vmatrix_model::plan::{Action, Cause, Decision, Plan};
 use vmatrix_model::steering::Steering;
 use vmatrix_model::wire::Order;
@@ -60,6 +61,10 @@ pub struct Vma {
     pub up: BTreeMap<ServiceId, Time>,
     pub refuses: bool,
     pub silent: bool,
+    /// Singletons its machine has.
+    pub holds: BTreeMap<ServiceId, Holder>,
+    /// Where that machine is asked for them.
+    pub transfer: SocketAddr,
 }
 
 pub struct World {
@@ -85,9 +90,19 @@ pub struct World {
 
 impl World {
     pub fn new(seed: u64) -> World {
-        let fleet = fleet();
-        let vma = Vma { assignment: None, up: BTreeMap::new(), refuses: false, silent: false };
-        let vmas = fleet.networks.iter().map(|n| (n.name.clone(), vma.clone())).collect();
+        World::of(fleet(), seed)
+    }
+
+    pub fn of(fleet: Fleet, seed: u64) -> World {
+        let vma = |i: usize| Vma {
+            assignment: None,
+            up: BTreeMap::new(),
+            refuses: false,
+            silent: false,
+            holds: BTreeMap::new(),
+            transfer: SocketAddr::from(([198, 19, i as u8, 1], 8452)),
+        };
+        let vmas = fleet.networks.iter().enumerate().map(|(i, n)| (n.name.clone(), vma(i))).collect();
         let demand = vec![
             ("maps", "new-york", 0.4),
             ("maps", "berlin", 0.2),
@@ -159,7 +174,33 @@ impl World {
                 vma.up.entry(s.clone()).or_insert(now + Span::ms(1500));
             }
         }
-        vma.assignment = Some(a);
+        vma.assignment = Some(a.clone());
+        for (service, share) in a.services.iter().filter(|(_, share)| share.instances > 0) {
+            match share.singleton {
+                Some(Singleton::Begin) => self.hold(network, service, 0),
+                Some(Singleton::Take(from)) => self.take(network, service, from),
+                Some(Singleton::Keep) | None => {}
+            }
+        }
+    }
+
+    fn hold(&mut self, network: &NetworkId, service: &ServiceId, epoch: u64) {
+        let vma = self.vmas.get_mut(network).unwrap();
+        vma.holds.entry(service.clone()).or_insert(Holder {
+            machine: "m1".parse().unwrap(),
+            transfer: vma.transfer,
+            epoch,
+        });
+        let holders: Vec<_> = self.vmas.iter().filter(|(_, v)| v.holds.contains_key(service)).map(|(n, _)| n).collect();
+        assert_eq!(holders.len(), 1, "{service} is held in {holders:?}");
+    }
+
+    /// A machine that is asked hands over; one that is silent does not.
+    fn take(&mut self, network: &NetworkId, service: &ServiceId, from: SocketAddr) {
+        let holder = self.vmas.values_mut().find(|v| v.transfer == from && !v.silent);
+        if let Some(held) = holder.and_then(|v| v.holds.remove(service)) {
+            self.hold(network, service, held.epoch + 1);
+        }
     }
 
     pub fn inventory(&self, name: &NetworkId) -> Inventory {
@@ -197,6 +238,7 @@ impl World {
                     trouble: None,
                 })
                 .collect(),
+            holds: vma.holds.clone(),
             refused: assignment.map(refused).unwrap_or_default(),
         }
     }

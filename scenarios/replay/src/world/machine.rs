@@ -109,6 +109,7 @@ impl Machine {
             free_mib: self.memory_mib.saturating_sub(used),
             accelerator: "replay".into(),
             qemu_version: "10.0.2".into(),
+            transfer: None,
         }
     }
 

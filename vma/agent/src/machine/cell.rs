@@ -7,12 +7,13 @@ use anyhow::{Context, bail};
 use serde::Deserialize;
 use std::io::Write;
 use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmatrix_model::InstanceId;
-use vmatrix_vma_core::cell::{BRIDGE, Rules, SETTINGS, TUNNEL, UPLINK, rules};
+use vmatrix_vma_core::cell::{BRIDGE, Rules, SETTINGS, SINGLETON_SETTINGS, TAP, TUNNEL, UPLINK, rules};
 use vmatrix_vma_core::steps::CellSpec;
 use vmatrix_vma_image::machine::BRIDGE_MAC;
 use vmatrix_vma_image::netns;
@@ -39,31 +40,59 @@ impl Machine {
     pub(super) async fn prepare(self: &Arc<Self>, spec: &CellSpec) -> anyhow::Result<()> {
         let known = self.records.get(&spec.instance);
         if let Some(record) =
-            known.as_ref().filter(|r| r.phase != Phase::Building && self.is_whole(r) && r.spec == *spec)
+            known.as_ref().filter(|r| r.phase != Phase::Building && self.is_whole(r) && same(&r.spec, spec))
         {
+            if record.spec != *spec {
+                self.records.respec(spec)?;
+            }
+            if record.phase == Phase::Handed {
+                // It is wanted back.
+                self.records.note(&spec.instance, Phase::Ready, None)?;
+            }
             return self.start_tunnel(record).await;
+        }
+        if let Some(held) = self.tenures.get(&spec.instance.service).filter(|_| spec.singleton.is_none())
+            && held.holds().is_some()
+        {
+            bail!("{} is held here as a singleton and is not run as a replica beside it", spec.instance.service);
         }
         if known.is_some() {
             self.release(&spec.instance).await?;
         }
         let began = Instant::now();
         self.until(&spec.image, Level::Known, MANIFEST_LIMIT).await?;
-        let record = self.records.begin(spec, self.config.cells)?;
+        let spare = match spec.singleton {
+            None => self.images.known(&spec.image).and_then(|known| self.take_spare(&known)),
+            Some(_) => None,
+        };
+        let record = self.records.begin(spec, self.config.cells, spare.as_ref().map(|s| s.name.clone()))?;
         // Looked up again: once the cell is begun, no newer image takes this one's place.
         let gone = || format!("image {} was dropped meanwhile; stage it", spec.image);
         let known = self.images.known(&spec.image).with_context(gone)?;
         self.make_room().await?;
         // What the guest will run in is made while its cell is built and what it needs first comes.
-        let pager = self.pager_for(&known);
+        let pager = spec.singleton.is_none().then(|| self.pager_for(&known));
         let building =
             |done: anyhow::Result<()>| done.with_context(|| format!("cannot build the cell of {}", spec.instance));
-        let (machine, part, guest) = (self.clone(), record.clone(), known.manifest.guest.clone());
-        building(tokio::task::spawn_blocking(move || machine.found(&part, guest.gateway)).await?)?;
+        let given = match spare {
+            Some(spare) => building(self.give_spare(&spare, &record).await)
+                .inspect_err(|e| tracing::warn!(error = format!("{e:#}"), "a QEMU that waited is not used"))
+                .is_ok(),
+            None => false,
+        };
+        if !given {
+            self.unbuild(&spec.instance)?;
+            let (name, gateway) = (self.namespace(&spec.instance), known.manifest.guest.gateway);
+            building(tokio::task::spawn_blocking(move || found(&name, gateway)).await?)?;
+        }
         let (machine, part, guest) = (self.clone(), record.clone(), known.manifest.guest.clone());
         let built = tokio::task::spawn_blocking(move || machine.build(&part, guest.address, &guest.mac));
         let spawned = async {
-            pager.up().await?;
-            self.spawn_waiting(&spec.instance, &known).await
+            if let Some(pager) = pager.filter(|_| !given) {
+                pager.up().await?;
+                self.spawn_waiting(&spec.instance, &known).await?;
+            }
+            anyhow::Ok(())
         };
         let (built, spawned) = tokio::join!(built, spawned);
         building(built?)?;
@@ -76,22 +105,6 @@ impl Machine {
     fn is_whole(&self, record: &Record) -> bool {
         netns::path(&self.namespace(&record.spec.instance)).exists()
             && nix::net::if_::if_nametoindex(outer_name(record).as_str()).is_ok()
-    }
-
-    /// Makes the namespace and the bridge in it: all that a guest's QEMU needs to be started.
-    fn found(&self, record: &Record, gateway: Ipv4Addr) -> anyhow::Result<()> {
-        let name = self.namespace(&record.spec.instance);
-        self.unbuild(&record.spec.instance)?;
-        netns::ip_batch(None, &[format!("netns add {name}")])?;
-        Ok(netns::ip_batch(
-            Some(&name),
-            &[
-                "link set lo up".to_owned(),
-                format!("link add {BRIDGE} address {BRIDGE_MAC} type bridge"),
-                format!("addr add {gateway}/24 dev {BRIDGE}"),
-                format!("link set {BRIDGE} up"),
-            ],
-        )?)
     }
 
     /// Links the namespace with the network's and gives it its rules.
@@ -119,7 +132,8 @@ impl Machine {
         let text = rules(&Rules { cell, guest, mac, ports, backends: &record.spec.backends });
         nft(&netns::path(&name), &text)?;
         // Last, for some settings exist only once the rules have brought their modules in.
-        netns::enter(&netns::path(&name), settings)?
+        let more = if record.spec.singleton.is_some() { SINGLETON_SETTINGS } else { &[] };
+        netns::enter(&netns::path(&name), || settings(SETTINGS.iter().chain(more)))?
     }
 
     /// Starts the tunnel if the cell needs one and has none, and waits until it is up.
@@ -187,9 +201,12 @@ impl Machine {
     }
 
     /// Takes the cell down, with whatever still runs in it.
-    pub(super) async fn release(&self, instance: &InstanceId) -> anyhow::Result<()> {
-        if self.records.get(instance).is_none() {
-            return Ok(());
+    pub(super) async fn release(self: &Arc<Self>, instance: &InstanceId) -> anyhow::Result<()> {
+        let Some(record) = self.records.get(instance) else { return Ok(()) };
+        if record.spec.singleton.is_some() {
+            // What it did since it was resumed is kept.
+            self.suspend_singleton(&record).await?;
+            self.end_relays(&record).await?;
         }
         self.take_down(instance).await
     }
@@ -223,13 +240,46 @@ impl Machine {
     }
 }
 
+/// Makes a namespace and the bridge in it: all that a guest's QEMU needs to be started.
+///
+/// # Errors
+/// What `ip` said.
+pub fn found(name: &str, gateway: Ipv4Addr) -> anyhow::Result<()> {
+    netns::ip_batch(None, &[format!("netns add {name}")])?;
+    Ok(netns::ip_batch(
+        Some(name),
+        &[
+            "link set lo up".to_owned(),
+            format!("link add {BRIDGE} address {BRIDGE_MAC} type bridge"),
+            format!("addr add {gateway}/24 dev {BRIDGE}"),
+            format!("link set {BRIDGE} up"),
+        ],
+    )?)
+}
+
+/// Makes the guest's tap, on the bridge.
+///
+/// # Errors
+/// What the kernel or `ip` said.
+pub fn tap(name: &str) -> anyhow::Result<OwnedFd> {
+    let tap = netns::open_tap(&netns::path(name), TAP)?;
+    netns::ip_batch(Some(name), &[format!("link set {TAP} master {BRIDGE}"), format!("link set {TAP} up")])?;
+    Ok(tap)
+}
+
+/// Whether a cell need not be built anew: where a singleton came from does not matter any more.
+fn same(has: &CellSpec, wanted: &CellSpec) -> bool {
+    let as_wanted = CellSpec { singleton: has.singleton.and(wanted.singleton), ..has.clone() };
+    has.singleton.is_some() == wanted.singleton.is_some() && as_wanted == *wanted
+}
+
 /// The pair's end outside the cell. Named by the cell's address, for a namespace may hold several machines.
 fn outer_name(record: &Record) -> String {
     format!("vx{:08x}", record.link.cell.to_bits())
 }
 
-fn settings() -> anyhow::Result<()> {
-    for (file, value) in SETTINGS {
+fn settings<'a>(all: impl Iterator<Item = &'a (&'a str, &'a str)>) -> anyhow::Result<()> {
+    for (file, value) in all {
         let path = Path::new("/proc/sys").join(file);
         match std::fs::write(&path, value) {
             // Without its module there is nothing to switch off.

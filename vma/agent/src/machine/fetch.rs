@@ -22,7 +22,7 @@ use vmatrix_vma_image::seal::OwnerKey;
 use vmatrix_vma_transfer::{Ask, Class, ImageRef, Pushed};
 
 /// Chunks of the working set asked for at the same time: what a push did not bring.
-const AT_ONCE: usize = 32;
+pub const AT_ONCE: usize = 32;
 /// Rounds through what is missing: the tables, what they list, and once more what was damaged here.
 const ROUNDS_MAX: u32 = 5;
 /// What has come is written to the store after it was handed on; this long it may take.
@@ -111,15 +111,19 @@ impl Machine {
         let (known, pushed) = match self.images.known(name) {
             Some(known) => (known, None),
             None => {
-                let (known, pushed) = self.open(name, None, true).await?;
+                let (known, pushed) = self.open(name, self.images.kin(name), true).await?;
                 self.keep_manifest(name, known.signed.clone()).await?;
                 let known = Arc::new(known);
                 self.images.change(name, |i| (i.known, i.level) = (Some(known.clone()), Level::Known));
                 (known, Some(pushed))
             }
         };
-        tokio::try_join!(self.critical(&known, pushed, name), self.tables(&known, name))?;
-        self.images.change(name, |i| i.level = i.level.max(Level::Critical));
+        let critical = async {
+            self.critical(&known, pushed, name).await?;
+            self.images.change(name, |i| i.level = i.level.max(Level::Critical));
+            Ok(())
+        };
+        tokio::try_join!(critical, self.tables(&known, name))?;
         self.rest(&known, name).await?;
         self.images.change(name, |i| (i.level, i.trouble, i.starved) = (Level::Whole, None, false));
         Ok(known)
@@ -195,8 +199,7 @@ impl Machine {
         )
     }
 
-    /// Gets the tables past the first. They are small, and wanted as soon as the guest touches anything unforeseen:
-    /// QEMU itself reads the disk's first sector when it starts.
+    /// Gets the tables past the first. They are small, and wanted as soon as the guest touches anything unforeseen.
     async fn tables(&self, known: &Known, name: &str) -> anyhow::Result<()> {
         let lacks = survey::tables(&known.manifest, &self.images.store);
         futures_util::stream::iter(lacks.into_iter().map(Ok::<Need, anyhow::Error>))
@@ -210,7 +213,7 @@ impl Machine {
     }
 
     /// What is still missing of what a guest needs first. What has just `come` is in the store a moment later.
-    async fn settled(&self, known: &Known, come: bool) -> Vec<Need> {
+    pub(super) async fn settled(&self, known: &Known, come: bool) -> Vec<Need> {
         let deadline = Instant::now() + SETTLE_LIMIT;
         loop {
             let lacks = survey::of_critical(&known.manifest, &self.images.store);
@@ -283,7 +286,8 @@ impl Machine {
     /// No source answers, what they have is not trusted or does not fit this host, or it cannot be fetched; the
     /// old one stays.
     pub(super) async fn renew(self: &Arc<Self>, name: &str) -> anyhow::Result<()> {
-        if self.runs_from(name) {
+        // A singleton that began from it may come back, and is of that build.
+        if self.runs_from(name) || self.tenures.all().iter().any(|(_, held)| held.image == name) {
             return Ok(());
         }
         let old = match self.images.lock().get(name) {

@@ -24,6 +24,9 @@ use vmatrix_vma_pager::Control;
 
 /// Looks at a pager while a guest of its wakes.
 const LOOK_WAKING: Duration = Duration::from_millis(20);
+/// A guest that was let go so shortly ago has the processor for itself: what it has to compile and fault in anew is
+/// what its first clients wait for.
+const FIRST_REQUESTS: Duration = Duration::from_secs(1);
 /// Looks at a pager while memory comes.
 const LOOK: Duration = Duration::from_millis(100);
 /// Looks at a pager whose guests have all their memory.
@@ -58,7 +61,8 @@ impl Machine {
                 End::Died(why) => {
                     let down = *down_since.get_or_insert_with(Instant::now);
                     tracing::warn!(image = name, problem = why, "the pager is gone; starting it again");
-                    if down.elapsed() < RETURN_LIMIT {
+                    // A singleton's guest waits as long as it takes: nobody else has what it did.
+                    if down.elapsed() < RETURN_LIMIT || pager.one.is_some() {
                         tokio::time::sleep(if pager.find().is_none() { LOOK_SOON } else { AGAIN }).await;
                         continue;
                     }
@@ -102,14 +106,20 @@ impl Machine {
                 Err(e) => return Err(e).with_context(|| format!("it does not take over guest {}", guest.pid)),
             }
         }
-        let (mut idle_since, mut paused) = (None, None);
+        let (mut idle_since, mut paused, mut woke, mut stuck) = (None, None, None, false);
         loop {
             let name = &pager.known.manifest.name;
-            let (rests, waking) = (!self.runs_from(name), self.is_waking(name));
+            let (rests, waking) = match &pager.one {
+                Some(one) => (false, self.cell_of(&one.service).is_some_and(|r| r.phase == Phase::Resuming)),
+                None => (!self.runs_from(name), self.is_waking(name)),
+            };
             pager.view.send_if_modified(|v| std::mem::replace(&mut v.rests, rests) != rests);
-            if paused != Some(rests || waking) {
-                // Verifying and unpacking what nobody waits for would take the processor from a guest that wakes.
-                let pause = rests || waking;
+            if waking {
+                woke = Some(Instant::now());
+            }
+            // Verifying and unpacking what nobody waits for would take the processor from a guest that wakes.
+            let pause = rests || woke.is_some_and(|woke: Instant| woke.elapsed() < FIRST_REQUESTS);
+            if paused != Some(pause) {
                 let told = if pause { control.pause_background().await } else { control.resume_background().await };
                 told.context("it does not do as it is told")?;
                 paused = Some(pause);
@@ -124,9 +134,13 @@ impl Machine {
                 }
             };
             *down_since = None;
-            if let Some(why) = &status.stuck {
-                return Ok(End::Stuck(why.clone()));
+            if let Some(why) = status.stuck.as_ref().filter(|_| !std::mem::replace(&mut stuck, true)) {
+                if pager.one.is_none() {
+                    return Ok(End::Stuck(why.clone()));
+                }
+                tracing::warn!(image = name, problem = why, "a singleton stands still until its memory comes");
             }
+            stuck = status.stuck.is_some();
             let pause = match (status.critical, status.hydrated) {
                 (false, _) => LOOK_SOON,
                 _ if waking => LOOK_WAKING,
@@ -145,6 +159,10 @@ impl Machine {
 
     /// Whether a cell is made from its image, or soon may be.
     fn needs(&self, pager: &Pager) -> bool {
+        if let Some(one) = &pager.one {
+            let begins = self.cell_of(&one.service).is_some_and(|r| r.phase == Phase::Resuming);
+            return begins || !self.guests_of(&pager.memory).is_empty();
+        }
         let name = &pager.known.manifest.name;
         let current = self.images.known(name).is_some_and(|k| k.digest == pager.known.digest);
         let warm = || self.to_keep_warm().iter().any(|k| k.digest == pager.known.digest);
@@ -181,7 +199,7 @@ impl Machine {
     /// Ends a pager for good: who guards it does not start it again.
     async fn retire(&self, pager: &Pager, why: &str) {
         pager.view.send_modify(|v| v.failed = v.failed.take().or_else(|| Some(format!("the pager was ended: {why}"))));
-        self.pagers.lock().unwrap_or_else(PoisonError::into_inner).remove(&pager.known.digest);
+        self.pagers.lock().unwrap_or_else(PoisonError::into_inner).remove(&pager.memory.dir);
         if let Some(running) = pager.find()
             && let Err(e) = process::end(&running, QUIT_GRACE).await
         {
@@ -189,9 +207,26 @@ impl Machine {
         }
     }
 
+    /// Ends the pager of this memory, if there is one, and removes its folder: what a singleton wrote to its disk is of
+    /// this run.
+    ///
+    /// # Errors
+    /// The folder cannot be removed.
+    pub(super) async fn retire_at(&self, memory: &Folder, why: &str) -> anyhow::Result<()> {
+        let pager = self.pagers.lock().unwrap_or_else(PoisonError::into_inner).get(&memory.dir).cloned();
+        match pager {
+            Some(pager) => {
+                self.retire(&pager, why).await;
+                remove(&pager.folder)
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Ends what runs for an image that no cell uses, and frees its memory.
     pub(super) async fn forget_guests_of(&self, known: &Known) {
         let folder = self.memory.folder(known);
+        self.end_spare_of(known).await;
         for guest in self.guests_of(&folder) {
             let _ = process::end(&guest, Duration::ZERO).await;
         }
@@ -217,7 +252,7 @@ impl Machine {
             .filter_map(|r| self.images.known(&r.spec.image))
             .map(|known| self.memory.folder(&known))
             .collect();
-        let used = |f: &Folder| run.contains(f) || !self.guests_of(f).is_empty();
+        let used = |f: &Folder| run.contains(f) || self.guests_of(f).iter().any(|guest| !self.is_spare(guest));
         for folder in self.memory.surplus(room, used)? {
             let pager = self
                 .pagers
@@ -227,6 +262,7 @@ impl Machine {
                 .find(|p| p.memory == folder)
                 .cloned();
             if let Some(pager) = pager {
+                self.end_spare_of(&pager.known).await;
                 self.retire(&pager, "others need its memory").await;
             }
             tracing::info!(folder = %folder.dir.display(), "memory of an image that does not run is freed");

@@ -7,6 +7,7 @@
 //! Chunks lie in `state_dir/store` by digest, and the manifest of each image by its name; what is here is what is
 //! found there. Nothing else is written down.
 
+use super::singleton::is_snapshot;
 use super::survey::{self, Survey};
 use anyhow::Context;
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +23,9 @@ use vmatrix_vma_image::Store;
 use vmatrix_vma_image::machine::{Host, check_host};
 use vmatrix_vma_image::seal::OwnerKey;
 use vmatrix_vma_image::sign::verify;
+
+/// Letters that two names begin with, for their images to be taken for kin.
+const ALIKE_MIN: usize = 3;
 
 /// How much of an image is here; each includes those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -108,7 +112,8 @@ impl Images {
     /// The store cannot be made or read.
     pub fn open(store: Store, signers: &[String], host: &Host) -> anyhow::Result<Images> {
         let mut images = BTreeMap::new();
-        for name in store.names().context("cannot list the images that are here")? {
+        let names = store.names().context("cannot list the images that are here")?;
+        for name in names.into_iter().filter(|name| !is_snapshot(name)) {
             let image: &mut Image = images.entry(name.clone()).or_default();
             let known = store
                 .image(&name)
@@ -137,6 +142,17 @@ impl Images {
     /// The image, if its manifest is here.
     pub fn known(&self, image: &str) -> Option<Arc<Known>> {
         self.lock().get(image)?.known.clone()
+    }
+
+    /// The image here, whole, that most likely has much in common with one that is not here: the one whose name begins
+    /// most like its name. A later snapshot, or another build of the same service, is named after it; where that is
+    /// wrong nothing is lost.
+    pub fn kin(&self, image: &str) -> Option<Digest> {
+        let alike = |name: &str| name.bytes().zip(image.bytes()).take_while(|(a, b)| a == b).count();
+        let images = self.lock();
+        let whole = images.iter().filter(|(_, i)| i.level == Level::Whole);
+        let (name, kin) = whole.max_by_key(|(name, _)| alike(name))?;
+        kin.known.as_ref().filter(|_| alike(name) >= ALIKE_MIN).map(|k| k.digest)
     }
 
     /// The image, if at least so much of it is here.

@@ -13,8 +13,11 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
-use vmatrix_model::Bytes;
+use vmatrix_model::{Bytes, ServiceId};
 use vmatrix_vma_image::seal::OwnerKey;
+
+/// What the folder of a singleton's memory begins with: no digest does.
+const ONE: &str = "one-";
 
 /// The folders of all images that have memory here.
 #[derive(Debug)]
@@ -65,12 +68,16 @@ impl Memory {
         Folder { dir: self.dir.join(known.short()) }
     }
 
-    /// The image's folder, with a memory file of the right size: what is in one already stays.
+    /// That of a singleton's run, which writes to its memory.
+    pub fn of_singleton(&self, service: &ServiceId) -> Folder {
+        Folder { dir: self.dir.join(format!("{ONE}{service}")) }
+    }
+
+    /// Makes a folder with a memory file of the right size for the image: what is in one already stays.
     ///
     /// # Errors
     /// There is no room for it, or it cannot be made.
-    pub fn prepare(&self, known: &Known) -> anyhow::Result<Folder> {
-        let folder = self.folder(known);
+    pub fn prepare(&self, folder: &Folder, known: &Known) -> anyhow::Result<()> {
         let (path, size) = (folder.memory(), known.manifest.memory.size.0);
         let make = || {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder.dir)?;
@@ -82,9 +89,7 @@ impl Memory {
             }
             Ok::<_, std::io::Error>(())
         };
-        make()
-            .with_context(|| format!("cannot make {}; is {} a tmpfs with room?", path.display(), self.dir.display()))?;
-        Ok(folder)
+        make().with_context(|| format!("cannot make {}; is {} a tmpfs with room?", path.display(), self.dir.display()))
     }
 
     /// Frees the memory of an image that nothing runs from.
@@ -105,8 +110,14 @@ impl Memory {
     /// # Errors
     /// The folder cannot be read.
     pub fn surplus(&self, room: Bytes, is_used: impl Fn(&Folder) -> bool) -> anyhow::Result<Vec<Folder>> {
-        let entries = std::fs::read_dir(&self.dir).with_context(|| format!("cannot list {}", self.dir.display()))?;
-        let folders = entries.filter_map(|e| Some(Folder { dir: e.ok()?.path() })).filter(|f| !is_used(f));
+        let entries = match std::fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            // Whoever cleans a tmpfs takes empty folders away; it is made again with the next one in it.
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(e).with_context(|| format!("cannot list {}", self.dir.display())),
+        };
+        let ones = |f: &Folder| f.dir.file_name().is_some_and(|n| n.to_string_lossy().starts_with(ONE));
+        let folders = entries.filter_map(|e| Some(Folder { dir: e.ok()?.path() })).filter(|f| !ones(f) && !is_used(f));
         let nothing = (Bytes(0), SystemTime::UNIX_EPOCH);
         let mut unused: Vec<(SystemTime, Bytes, Folder)> = folders
             .map(|folder| {

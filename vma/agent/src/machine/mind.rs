@@ -43,6 +43,7 @@ pub async fn subscribe(machine: Arc<Machine>) {
             free_mib: c.memory_mib.saturating_sub(taken),
             accelerator: machine.host.accelerator.clone(),
             qemu_version: machine.host.qemu_version.clone(),
+            transfer: c.transfer_listen,
         };
         let subscription = Subscription { machine: seen, address: c.listen };
         match machine.client.send::<serde_json::Value>(Method::POST, &url, &subscription, USUAL).await {
@@ -102,6 +103,12 @@ pub async fn warm(machine: Arc<Machine>) {
         for known in machine.to_keep_warm() {
             machine.pager_for(&known);
         }
+        // Not while somebody waits for a guest: a QEMU that starts takes the processor from it.
+        if !machine.records.all().iter().any(|r| matches!(r.phase, Phase::Building | Phase::Resuming))
+            && let Err(e) = machine.fill_pool(&machine.to_keep_warm()).await
+        {
+            tracing::warn!(error = format!("{e:#}"), "cells start a QEMU of their own");
+        }
         if let Err(e) = machine.make_room().await {
             tracing::warn!(error = format!("{e:#}"), "memory of images that do not run stays");
         }
@@ -131,6 +138,30 @@ pub async fn tunnels(machine: Arc<Machine>) {
                 tracing::warn!(%instance, error = format!("{e:#}"), "the tunnel is not up");
             }
         }
+    }
+}
+
+/// Starts again relays that ended, with the ways through them.
+pub async fn relays(machine: Arc<Machine>) {
+    loop {
+        for record in machine.records.all().into_iter().filter(|r| r.spec.singleton.is_some()) {
+            let instance = record.spec.instance.clone();
+            // Under a step, or while it is handed over, it is looked at again in a second.
+            let Ok(_alone) = machine.alone(&instance).try_lock_owned() else { continue };
+            let Ok(_turn) = machine.tenures.turn(&instance.service).try_lock_owned() else { continue };
+            let (Some(known), Some(record)) =
+                (machine.images.known(&record.spec.image), machine.records.get(&instance))
+            else {
+                continue;
+            };
+            if record.phase == Phase::Building {
+                continue;
+            }
+            if let Err(e) = machine.relays_up(&record, &known.manifest.guest).await {
+                tracing::warn!(%instance, error = format!("{e:#}"), "a relay is not up");
+            }
+        }
+        tokio::time::sleep(TUNNELS_EVERY).await;
     }
 }
 

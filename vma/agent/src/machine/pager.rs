@@ -13,15 +13,16 @@ use super::process::{self, Process};
 use super::{Machine, memory};
 use anyhow::{Context, bail};
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
-use vmatrix_model::Digest;
 use vmatrix_model::manifest::PartKind;
-use vmatrix_vma_pager::{Config, Control, DiskConfig, PUSHED_VARIABLE, Status};
+use vmatrix_model::{Digest, ServiceId};
+use vmatrix_vma_pager::{Config, Control, DisksConfig, PUSHED_VARIABLE, Status};
 use vmatrix_vma_transfer::{Limits, SourcesConfig};
 
 /// Looks at a pager while guests wait to be started.
@@ -43,7 +44,17 @@ pub struct Pager {
     /// `state_dir/pagers/<16 hex>`: its files but memory.
     pub folder: PathBuf,
     pub memory: Folder,
+    /// The singleton that it is for; none: clones of the image.
+    pub one: Option<One>,
     pub view: watch::Sender<View>,
+}
+
+/// A singleton's run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct One {
+    pub service: ServiceId,
+    /// Who has chunks of its state, besides this machine's sources.
+    pub sources: Vec<SocketAddr>,
 }
 
 /// What is known of a pager.
@@ -67,6 +78,15 @@ impl Pager {
 
     pub fn log(&self) -> PathBuf {
         self.folder.join("log")
+    }
+
+    /// The file of the disk that a singleton writes.
+    pub fn data(&self) -> PathBuf {
+        self.disks().file("data")
+    }
+
+    fn disks(&self) -> DisksConfig {
+        DisksConfig { dir: self.folder.clone(), socket: self.folder.join(DISK) }
     }
 
     /// Its process, if it runs.
@@ -130,6 +150,12 @@ impl Pager {
         }
     }
 
+    /// Whether what a guest needs first is in memory.
+    pub fn is_ready(&self) -> bool {
+        let view = self.view.borrow();
+        view.failed.is_none() && view.status.as_ref().is_some_and(|s| s.critical)
+    }
+
     /// Whether guests still depend on what it brings.
     pub fn is_hydrating(&self) -> bool {
         let view = self.view.borrow();
@@ -147,17 +173,22 @@ impl Pager {
 impl Machine {
     /// The pager of an image; one is started if there is none.
     pub(super) fn pager_for(self: &Arc<Self>, known: &Arc<Known>) -> Arc<Pager> {
+        self.pager_at(known, self.memory.folder(known), None)
+    }
+
+    /// The pager of this memory; one is started if there is none.
+    pub(super) fn pager_at(self: &Arc<Self>, known: &Arc<Known>, memory: Folder, one: Option<One>) -> Arc<Pager> {
         let mut pagers = self.pagers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pager) = pagers.get(&known.digest) {
+        if let Some(pager) = pagers.get(&memory.dir) {
             return pager.clone();
         }
-        let pager = Arc::new(Pager {
-            known: known.clone(),
-            folder: self.pager_folder(known),
-            memory: self.memory.folder(known),
-            view: watch::Sender::new(View::default()),
-        });
-        pagers.insert(known.digest, pager.clone());
+        let folder = match &one {
+            Some(one) => self.config.state_dir.join("pagers").join(one.service.as_str()),
+            None => self.pager_folder(known),
+        };
+        let pager =
+            Arc::new(Pager { known: known.clone(), folder, memory, one, view: watch::Sender::new(View::default()) });
+        pagers.insert(pager.memory.dir.clone(), pager.clone());
         let (machine, guarded) = (self.clone(), pager.clone());
         tokio::spawn(async move { machine.guard(&guarded).await });
         pager
@@ -178,28 +209,16 @@ impl Machine {
         self.config.state_dir.join("pagers").join(known.short())
     }
 
-    /// Makes that folder. The one above it is its owner's; into this one a guest's QEMU, which is nobody, comes by a
-    /// descriptor, to find the disk's socket again when its pager was started anew.
-    pub(super) fn make_pager_folder(&self, known: &Known) -> anyhow::Result<PathBuf> {
-        let folder = self.pager_folder(known);
-        let make = || {
-            let above = folder.parent().unwrap_or(Path::new("/"));
-            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(above)?;
-            std::fs::DirBuilder::new().recursive(true).create(&folder)?;
-            std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o711))
-        };
-        make().with_context(|| format!("cannot make {}", folder.display()))?;
-        Ok(folder)
-    }
-
     /// Images whose guests still depend on what their pager brings.
     pub(super) fn hydrating(&self) -> BTreeSet<Digest> {
         let pagers = self.pagers.lock().unwrap_or_else(PoisonError::into_inner);
-        pagers.iter().filter(|(_, p)| p.is_hydrating()).map(|(digest, _)| *digest).collect()
+        pagers.values().filter(|p| p.is_hydrating()).map(|p| p.known.digest).collect()
     }
 
+    /// The pager of an image's clones.
     pub(super) fn pager(&self, digest: &Digest) -> Option<Arc<Pager>> {
-        self.pagers.lock().unwrap_or_else(PoisonError::into_inner).get(digest).cloned()
+        let pagers = self.pagers.lock().unwrap_or_else(PoisonError::into_inner);
+        pagers.values().find(|p| p.one.is_none() && p.known.digest == *digest).cloned()
     }
 
     /// Whether guests of the image still wait for memory, and so have the link.
@@ -220,9 +239,16 @@ impl Machine {
         process::all().into_iter().filter(maps).collect()
     }
 
+    /// Whom a pager asks: machines that held its singleton first.
+    fn sources_of(&self, pager: &Pager) -> Vec<SocketAddr> {
+        let mut all: Vec<SocketAddr> = pager.one.iter().flat_map(|one| one.sources.clone()).collect();
+        all.extend(self.config.sources.iter().filter(|s| !all.contains(s)).copied().collect::<Vec<_>>());
+        all
+    }
+
     pub(super) async fn start_pager(&self, pager: &Pager) -> anyhow::Result<Process> {
         let known = &pager.known;
-        self.memory.prepare(known)?;
+        self.memory.prepare(&pager.memory, known)?;
         let key = match self.owner_key(known).await? {
             Some(key) => {
                 memory::write_key(&pager.memory.key(), &key)?;
@@ -230,27 +256,28 @@ impl Machine {
             }
             None => None,
         };
-        self.make_pager_folder(known)?;
+        make_folder(&pager.folder)?;
         let manifest = pager.folder.join("manifest.json");
         crate::replace(&manifest, &serde_json::to_vec(&known.signed)?)
             .with_context(|| format!("cannot write {}", manifest.display()))?;
-        let disk = known.manifest.part(PartKind::Disk);
-        let disk = disk.map(|_| DiskConfig { file: pager.folder.join("disk.part"), socket: pager.folder.join(DISK) });
+        let disks = known.manifest.part(PartKind::Disk);
+        let disks = disks.map(|_| pager.disks());
         let config = Config {
             image: manifest,
-            signers: self.config.signers.clone(),
+            // A snapshot was believed by its digest, not by its signer.
+            signers: vec![known.signed.signer.clone()],
             memory: pager.memory.memory(),
-            disk,
+            disks,
             control: pager.control(),
             key,
             store: self.images.store.dir().to_owned(),
             sources: SourcesConfig {
                 identity: self.config.identity.clone(),
-                addresses: self.config.sources.clone(),
+                addresses: self.sources_of(pager),
                 serving: self.config.transfer_listen,
                 limits: Limits { background_mbit: self.config.rate_mbit },
             },
-            shared: false,
+            shared: pager.one.is_some(),
             background_mbit: self.config.rate_mbit,
             working_set: true,
             background: true,
@@ -262,7 +289,7 @@ impl Machine {
         let log =
             std::fs::File::create(pager.log()).with_context(|| format!("cannot write {}", pager.log().display()))?;
         let mut command = tokio::process::Command::new(&self.program);
-        if self.images.at(&known.manifest.name, Level::Critical).is_none() {
+        if pager.one.is_some() || self.images.at(&known.manifest.name, Level::Critical).is_none() {
             // It comes over this daemon's warm connections; the pager looks for it in the store.
             command.env(PUSHED_VARIABLE, PUSHED_MS.to_string());
         }
@@ -279,6 +306,21 @@ impl Machine {
         // Dropped, not waited for: the runtime collects it when it ends.
         process::started(&child).await.with_context(|| format!("it said: {:?}", process::tail(&pager.log())))
     }
+}
+
+/// Makes a pager's folder. The one above it is its owner's; into this one a guest's QEMU, which is nobody, comes by a
+/// descriptor, to find the disk's socket again when its pager was started anew.
+///
+/// # Errors
+/// It cannot be made.
+pub fn make_folder(folder: &Path) -> anyhow::Result<()> {
+    let make = || {
+        let above = folder.parent().unwrap_or(Path::new("/"));
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(above)?;
+        std::fs::DirBuilder::new().recursive(true).create(folder)?;
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o711))
+    };
+    make().with_context(|| format!("cannot make {}", folder.display()))
 }
 
 /// Name of the disk's socket in a pager's folder.

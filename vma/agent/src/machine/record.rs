@@ -19,6 +19,8 @@ pub enum Phase {
     Resuming,
     Healthy,
     Suspending,
+    /// Its singleton went on to another machine.
+    Handed,
 }
 
 /// A cell.
@@ -30,6 +32,8 @@ pub struct Record {
     pub index: u32,
     pub link: Link,
     pub resumed_in: Option<Span>,
+    /// The name of its QEMU, where that waited for it in another namespace.
+    pub vm: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -41,6 +45,8 @@ struct Written {
     outer: std::net::Ipv4Addr,
     cell: std::net::Ipv4Addr,
     resumed_in: Option<Span>,
+    #[serde(default)]
+    vm: Option<String>,
 }
 
 /// The instance that a folder is named after.
@@ -103,11 +109,12 @@ impl Records {
         self.lock().values().cloned().collect()
     }
 
-    /// Begins a cell: gives it the lowest free /30, so that two never get the same.
+    /// Begins a cell: gives it the lowest free /30, so that two never get the same. `vm`: the name of a QEMU that
+    /// waited for it.
     ///
     /// # Errors
     /// There is none free, or the record cannot be written.
-    pub fn begin(&self, spec: &CellSpec, cells: ipnet::Ipv4Net) -> anyhow::Result<Record> {
+    pub fn begin(&self, spec: &CellSpec, cells: ipnet::Ipv4Net, vm: Option<String>) -> anyhow::Result<Record> {
         let mut known = self.lock();
         let free = (0..)
             .find(|i| !known.values().any(|r| r.index == *i && r.spec.instance != spec.instance))
@@ -115,7 +122,7 @@ impl Records {
         let index = known.get(&spec.instance).map_or(free, |r| r.index);
         let link = vmatrix_vma_core::cell::link(cells, index)
             .with_context(|| format!("every address of cells = {cells} is taken; give the machine a larger prefix"))?;
-        let record = Record { spec: spec.clone(), phase: Phase::Building, index, link, resumed_in: None };
+        let record = Record { spec: spec.clone(), phase: Phase::Building, index, link, resumed_in: None, vm };
         self.write(&record)?;
         known.insert(spec.instance.clone(), record.clone());
         Ok(record)
@@ -129,6 +136,19 @@ impl Records {
         let mut known = self.lock();
         let record = known.get_mut(instance).with_context(|| format!("there is no cell {instance}"))?;
         let noted = Record { phase, resumed_in, ..record.clone() };
+        self.write(&noted)?;
+        *record = noted;
+        Ok(())
+    }
+
+    /// Notes that a cell is for another spec, which it need not be built anew for.
+    ///
+    /// # Errors
+    /// The record cannot be written.
+    pub fn respec(&self, spec: &CellSpec) -> anyhow::Result<()> {
+        let mut known = self.lock();
+        let record = known.get_mut(&spec.instance).with_context(|| format!("there is no cell {}", spec.instance))?;
+        let noted = Record { spec: spec.clone(), ..record.clone() };
         self.write(&noted)?;
         *record = noted;
         Ok(())
@@ -159,6 +179,7 @@ impl Records {
             outer: r.link.outer,
             cell: r.link.cell,
             resumed_in: r.resumed_in,
+            vm: r.vm.clone(),
         };
         let text = serde_json::to_vec_pretty(&written)?;
         std::fs::create_dir_all(&folder)
@@ -179,6 +200,7 @@ fn read(folder: &Path) -> anyhow::Result<Record> {
         index: w.index,
         link: Link { outer: w.outer, cell: w.cell },
         resumed_in: w.resumed_in,
+        vm: w.vm,
     })
 }
 
@@ -202,14 +224,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cells = "100.64.0.0/29".parse().unwrap();
         let before = Records::open(dir.path()).unwrap();
-        let a = before.begin(&spec(0), cells).unwrap();
-        let b = before.begin(&spec(1), cells).unwrap();
+        let a = before.begin(&spec(0), cells, None).unwrap();
+        let b = before.begin(&spec(1), cells, None).unwrap();
         assert_ne!(a.link, b.link);
-        assert!(before.begin(&spec(2), cells).unwrap_err().to_string().contains("every address"));
+        assert!(before.begin(&spec(2), cells, None).unwrap_err().to_string().contains("every address"));
         before.note(&spec(1).instance, Phase::Healthy, Some(Span::ms(900))).unwrap();
         let after = Records::open(dir.path()).unwrap();
         assert_eq!(after.all(), before.all());
         after.forget(&spec(0).instance).unwrap();
-        assert_eq!(after.begin(&spec(2), cells).unwrap().link, a.link);
+        assert_eq!(after.begin(&spec(2), cells, None).unwrap().link, a.link);
     }
 }

@@ -33,8 +33,24 @@ impl Sockets {
         self.dir.join("agent")
     }
 
+    /// The folder they are in.
+    pub fn folder(&self) -> &Path {
+        &self.dir
+    }
+
     pub fn log(&self) -> PathBuf {
         self.dir.join("qemu.log")
+    }
+
+    /// Has all of them where `to` is: the process goes on answering there.
+    ///
+    /// # Errors
+    /// One cannot be moved.
+    pub fn give(&self, to: &Sockets) -> std::io::Result<()> {
+        std::fs::rename(self.qmp(), to.qmp())?;
+        std::fs::rename(self.agent(), to.agent())?;
+        std::fs::rename(self.log(), to.log())?;
+        std::fs::remove_dir_all(&self.dir)
     }
 
     /// Removes what a QEMU that ended left.
@@ -54,6 +70,8 @@ pub struct Waiting<'a> {
     pub memory: &'a Folder,
     /// The pager's folder, where the disk's socket is.
     pub pager: &'a Path,
+    /// Whether it is a singleton, which writes to its memory file and whose writes are noted.
+    pub shared: bool,
 }
 
 impl Waiting<'_> {
@@ -72,7 +90,7 @@ impl Waiting<'_> {
             guest_agent: self.sockets.agent(),
             tap_fd: 0,
             console: None,
-            start: Start::Clone,
+            start: if self.shared { Start::Shared } else { Start::Clone },
         };
         let disk = Path::new("/proc/self/fd/1").join(DISK);
         let arguments = lazy_arguments(&self.known.manifest.machine, &self.memory.memory(), &disk, &run);
@@ -83,7 +101,7 @@ impl Waiting<'_> {
         self.sockets.clear();
         let mut command = tokio::process::Command::new(QEMU);
         command.args(&arguments).stdin(Stdio::from(tap)).stdout(Stdio::from(folder)).stderr(output).process_group(0);
-        vmatrix_vma_pager::preload(command.as_std_mut(), &self.memory.memory(), false)?;
+        vmatrix_vma_pager::preload(command.as_std_mut(), &self.memory.memory(), self.shared)?;
         let child = command.spawn().with_context(|| {
             format!("cannot start {QEMU}; install it with `apt-get install -t bookworm-backports qemu-system-x86`")
         })?;
@@ -93,12 +111,14 @@ impl Waiting<'_> {
 }
 
 /// The QEMU that goes by a name.
-pub fn find(running: &[Process], name: &str) -> Option<Process> {
-    let named = |p: &&Process| {
-        p.arguments.first().is_some_and(|a| a.ends_with(QEMU))
-            && p.value("-name").and_then(|v| v.split(',').next()) == Some(name)
-    };
-    running.iter().find(named).cloned()
+pub fn find(running: &[Process], wanted: &str) -> Option<Process> {
+    running.iter().find(|p| name(p) == Some(wanted)).cloned()
+}
+
+/// The name that a QEMU goes by; none of what is no QEMU.
+pub fn name(process: &Process) -> Option<&str> {
+    let is_qemu = process.arguments.first().is_some_and(|a| a.ends_with(QEMU));
+    process.value("-name").and_then(|v| v.split(',').next()).filter(|_| is_qemu)
 }
 
 /// The end of what QEMU said.

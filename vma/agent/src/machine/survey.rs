@@ -66,8 +66,10 @@ pub fn of(manifest: &Manifest, store: &Store) -> Survey {
         }
     }
     for part in manifest.parts.iter().filter(|p| p.kind != PartKind::BackendSeed) {
+        // The table in any case: who collects chunks must see all that an image names.
         let Some(plain) = look.table(&part.table, &mut rest) else { continue };
         match decode_table(part, &plain) {
+            Ok(_) if !part.kind.is_disk() => {}
             Ok(chunks) => {
                 for (index, chunk) in chunks.iter().enumerate() {
                     if let Some(chunk) = chunk {

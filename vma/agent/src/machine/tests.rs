@@ -26,6 +26,7 @@ const DECLARED: u16 = 80;
 const UNDECLARED: u16 = 9999;
 
 mod images;
+mod singletons;
 
 /// A network's namespace, and everything below its name.
 struct Network {

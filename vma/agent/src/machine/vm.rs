@@ -2,23 +2,26 @@
 //!
 //! ```text
 //! spawn ──────────────────────────────┐
-//! manifest ─▶ critical bytes ─▶ pager ─▶ memory served ─▶ load state ─▶ cont ─▶ reseed, clock ─▶ healthy ─▶ ports open
-//!                                        └─ the rest of the image comes while the guest runs ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ▶
+//! manifest ─▶ first table, device state ─▶ memory served ─▶ load state ─▶ cont ─▶ reseed, clock ─▶ healthy ─▶ ports open
+//!                                 └─ working set, in the order in which the guest touches it ─ ─ ─ ─▶ the rest ─ ─ ─ ▶
 //! ```
+//! The guest does not wait for its working set but runs into it: what it touches next is what comes next.
+//!
 //! Ports open last: before the guest was awakened, two clones would give out the same random bytes.
 
 use super::image::{Known, Level};
 use super::process::{self, Process};
 use super::record::{Phase, Record};
 use super::spawn::{self, Sockets, Waiting};
-use super::{Machine, cell, memory};
+use super::{Machine, cell, memory, pager};
 use crate::now;
 use anyhow::{Context, bail};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
 use vmatrix_model::InstanceId;
 use vmatrix_model::manifest::{BackendSpec, Manifest};
-use vmatrix_vma_core::cell::{BRIDGE, TAP, close, open};
+use vmatrix_vma_core::cell::{close, open};
 use vmatrix_vma_core::steps::CellSpec;
 use vmatrix_vma_image::chunks::Need;
 use vmatrix_vma_image::guest::Awake;
@@ -27,17 +30,17 @@ use vmatrix_vma_image::{guest, health, netns};
 use vmatrix_vma_transfer::Class;
 
 /// What a guest needs first has some MiB: half a minute at 1 Mbit/s.
-const CRITICAL_LIMIT: Duration = Duration::from_secs(30);
+pub const CRITICAL_LIMIT: Duration = Duration::from_secs(30);
 /// Where a guest was ended because its memory did not come, the next one waits for all of it; not for long, for it
 /// may be resumed elsewhere.
 const STARVED_LIMIT: Duration = Duration::from_secs(8);
 /// A resume that is not healthy after so long is given up: without KVM on a loaded machine it takes some seconds,
 /// and what it needs first may take half a minute to come. The VM agent waits a little longer.
-const RESUME_LIMIT: Duration = Duration::from_secs(70);
+pub const RESUME_LIMIT: Duration = Duration::from_secs(70);
 /// Between health checks of a guest that is waking.
-const HEALTH_EVERY: Duration = Duration::from_millis(20);
+pub const HEALTH_EVERY: Duration = Duration::from_millis(20);
 /// One health check of a guest that is waking.
-const HEALTH_LIMIT: Duration = Duration::from_secs(3);
+pub const HEALTH_LIMIT: Duration = Duration::from_secs(3);
 /// QEMU ends in milliseconds when asked; after so long it is made to.
 const QUIT_GRACE: Duration = Duration::from_secs(3);
 /// What a guest's clock may be from this machine's before it gets traffic.
@@ -49,6 +52,9 @@ impl Machine {
         let (began, deadline) = (now(), tokio::time::Instant::now() + RESUME_LIMIT);
         let missing = || format!("there is no cell {instance}; prepare it first");
         let record = self.records.get(instance).with_context(missing)?;
+        if record.spec.singleton.is_some() {
+            return self.resume_singleton(&record).await;
+        }
         let known = self.until(&record.spec.image, Level::Known, CRITICAL_LIMIT).await?;
         fits(&record.spec, &known.manifest)?;
         let guest = &known.manifest.guest;
@@ -68,8 +74,12 @@ impl Machine {
             self.end_vm(instance).await?;
         }
         self.records.note(instance, Phase::Resuming, None)?;
-        cell::nft(&inside, &close())?;
-        let woken = tokio::time::timeout_at(deadline, self.wake(instance, &known, waits)).await;
+        // Closed before the guest runs, not before its memory comes.
+        let closed = tokio::task::spawn_blocking({
+            let inside = inside.clone();
+            move || cell::nft(&inside, &close())
+        });
+        let woken = tokio::time::timeout_at(deadline, self.wake(instance, &known, waits, closed)).await;
         let woken = woken.unwrap_or_else(|_| bail!("{instance} was not healthy after {} s", RESUME_LIMIT.as_secs()));
         if let Err(e) = woken {
             self.end_vm(instance).await?;
@@ -90,6 +100,7 @@ impl Machine {
         instance: &InstanceId,
         known: &Arc<Known>,
         waits: Option<Process>,
+        closed: JoinHandle<anyhow::Result<()>>,
     ) -> anyhow::Result<()> {
         let began = Instant::now();
         let pager = self.pager_for(known);
@@ -108,11 +119,9 @@ impl Machine {
             anyhow::Error::new(e).context(format!("QEMU of {instance} said: {:?}", spawn::words(&sockets)))
         };
         let monitor = async { Qmp::connect(&qmp).await.map_err(dead) };
-        let memory = async {
-            pager.adopt(&vm).await?;
-            pager.critical().await
-        };
-        let (mut monitor, (), (device, critical)) = tokio::try_join!(monitor, memory, self.needed_first(known, began))?;
+        let (mut monitor, (), (device, critical)) =
+            tokio::try_join!(monitor, pager.adopt(&vm), self.needed_first(known, began))?;
+        closed.await??;
         let served = began.elapsed();
         monitor.load_state(&device).await.map_err(dead)?;
         monitor.cont().await.map_err(dead)?;
@@ -158,8 +167,7 @@ impl Machine {
     /// Starts the QEMU that the guest of a cell will run in.
     pub(super) async fn spawn_waiting(&self, instance: &InstanceId, known: &Known) -> anyhow::Result<Process> {
         let name = self.namespace(instance);
-        let tap = netns::open_tap(&netns::path(&name), TAP)?;
-        netns::ip_batch(Some(&name), &[format!("link set {TAP} master {BRIDGE}"), format!("link set {TAP} up")])?;
+        let tap = cell::tap(&name)?;
         let sockets = Sockets::within(self.records.folder(instance));
         self.spawn_named(known, &name, &sockets, tap).await
     }
@@ -172,12 +180,14 @@ impl Machine {
         sockets: &Sockets,
         tap: std::os::fd::OwnedFd,
     ) -> anyhow::Result<Process> {
-        let memory = self.memory.prepare(known)?;
-        let pager = self.make_pager_folder(known)?;
-        Waiting { known, name, sockets, memory: &memory, pager: &pager }.spawn(tap).await
+        let memory = self.memory.folder(known);
+        self.memory.prepare(&memory, known)?;
+        let pager = self.pager_folder(known);
+        pager::make_folder(&pager)?;
+        Waiting { known, name, sockets, memory: &memory, pager: &pager, shared: false }.spawn(tap).await
     }
 
-    /// Waits until what the guest needs first is here; answers with its device state, and how long that took.
+    /// Waits until the guest can be begun; answers with its device state, and how long that took.
     async fn needed_first(
         self: &Arc<Self>,
         known: &Known,
@@ -185,10 +195,9 @@ impl Machine {
     ) -> anyhow::Result<(std::path::PathBuf, Duration)> {
         let name = &known.manifest.name;
         let starved = self.images.lock().get(name).is_some_and(|i| i.starved);
-        let (enough, limit) = if starved { (Level::Whole, STARVED_LIMIT) } else { (Level::Critical, CRITICAL_LIMIT) };
+        let (enough, limit) = if starved { (Level::Whole, STARVED_LIMIT) } else { (Level::Known, CRITICAL_LIMIT) };
         self.until(name, enough, limit).await?;
-        let critical = began.elapsed();
-        Ok((self.device_state(known).await?, critical))
+        Ok((self.device_state(known).await?, began.elapsed()))
     }
 
     /// The guest's device state as a file, beside its memory.
@@ -205,8 +214,11 @@ impl Machine {
     }
 
     /// Puts the VM back to sleep. A replica's writes were to its own copy of memory, which goes with it.
-    pub(super) async fn suspend(&self, instance: &InstanceId) -> anyhow::Result<()> {
+    pub(super) async fn suspend(self: &Arc<Self>, instance: &InstanceId) -> anyhow::Result<()> {
         let Some(record) = self.records.get(instance) else { return Ok(()) };
+        if record.spec.singleton.is_some() {
+            return self.suspend_singleton(&record).await;
+        }
         if record.phase == Phase::Building {
             return Ok(());
         }
@@ -222,7 +234,8 @@ impl Machine {
 
     /// The QEMU of a cell.
     pub(super) fn find_vm(&self, record: &Record, running: &[Process]) -> Option<Process> {
-        spawn::find(running, &self.namespace(&record.spec.instance))
+        let spare = record.vm.as_ref().and_then(|name| spawn::find(running, name));
+        spare.or_else(|| spawn::find(running, &self.namespace(&record.spec.instance)))
     }
 
     fn sockets(&self, record: &Record) -> Sockets {
@@ -232,7 +245,13 @@ impl Machine {
     /// Ends the VM of a cell if one runs: by QMP, then by its id.
     pub(super) async fn end_vm(&self, instance: &InstanceId) -> anyhow::Result<()> {
         let sockets = Sockets::within(self.records.folder(instance));
-        if let Some(vm) = spawn::find(&process::all(), &self.namespace(instance)) {
+        let running = process::all();
+        let vm = match self.records.get(instance) {
+            Some(record) => self.find_vm(&record, &running),
+            // Nothing is known of it but its name.
+            None => spawn::find(&running, &self.namespace(instance)),
+        };
+        if let Some(vm) = vm {
             let asked = async { Qmp::connect(&sockets.qmp()).await?.quit().await };
             let quit = tokio::time::timeout(QUIT_GRACE, asked).await.is_ok_and(|q| q.is_ok());
             if !(quit && process::gone(&vm, QUIT_GRACE).await) {
@@ -246,7 +265,7 @@ impl Machine {
 
 /// Refuses to resume an image as something it is not: what was admitted by the assignment's word must be
 /// what the signed manifest says.
-fn fits(spec: &CellSpec, manifest: &Manifest) -> anyhow::Result<()> {
+pub fn fits(spec: &CellSpec, manifest: &Manifest) -> anyhow::Result<()> {
     let (image, guest) = (&spec.image, &manifest.guest);
     if manifest.machine.memory_mib > spec.memory_mib {
         bail!(

@@ -28,10 +28,13 @@ async fn staged_and_found_again(network: &Network) {
     assert_eq!(network.assign(&assignment(1, Some(1))).await, 409, "an older assignment was taken");
     let staged = network.until("staging", MINUTE, |h| h.image().1).await;
     assert_eq!(network.qemu().len(), 0);
+    network.until("a QEMU that waits", MINUTE, |_| network.log("machine").contains("a QEMU waits")).await;
+    let waits = network.spares();
 
-    // Resumed: from the order to the first byte.
+    // Resumed in the process that waited: from the order to the first byte.
     let first_byte = network.first_byte(&assignment(3, Some(1))).await;
     network.until("serving", MINUTE, |h| h.serving() == 1).await;
+    assert_eq!(network.qemu(), waits);
     let cell = network.slots()[0];
     assert!(ask(cell, 8080).await.is_none(), "an undeclared port answers");
     eprintln!("staged in {staged:?}; whole here: order to first byte {first_byte:?}");

@@ -155,8 +155,27 @@ impl Network {
         .collect()
     }
 
+    /// Those of cells, whatever they waited as.
     pub fn qemu(&self) -> Vec<i32> {
-        self.processes(|line| line.starts_with("qemu-system"))
+        let given = self.given();
+        self.processes(|line| {
+            line.starts_with("qemu-system") && (!line.contains("-_") || given.iter().any(|g| line.contains(g)))
+        })
+    }
+
+    /// Those that wait for a cell.
+    pub fn spares(&self) -> Vec<i32> {
+        let cells = self.qemu();
+        let all = self.processes(|line| line.starts_with("qemu-system"));
+        all.into_iter().filter(|pid| !cells.contains(pid)).collect()
+    }
+
+    /// Names of QEMUs that waited and were given to cells.
+    fn given(&self) -> Vec<String> {
+        let records = std::fs::read_dir(self.dir.path().join("m/cells")).into_iter().flatten();
+        let records = records.filter_map(|cell| std::fs::read(cell.ok()?.path().join("cell.json")).ok());
+        let written = records.filter_map(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
+        written.filter_map(|record| Some(record.get("vm")?.as_str()?.to_owned())).collect()
     }
 
     pub fn pagers(&self) -> Vec<i32> {
@@ -298,6 +317,7 @@ pub fn assignment(generation: u64, instances: Option<u32>) -> Assignment {
         backends: vec![],
         drain: Span::secs(2),
         forward_to: None,
+        singleton: None,
     };
     let services = instances.map(|n| (tiny(), share(n))).into_iter().collect();
     Assignment { generation: Generation(generation), network: "ashburn".parse().unwrap(), services }

@@ -2,15 +2,18 @@
 //!
 //! package ─▶ vmlinuz + the few modules a guest needs, in order ─▶ initrd (busybox, modules, /init)
 
-use super::root::{AGENT, download, unpack};
-use super::tools::{Scratch, run};
+use super::root::{AGENT, DATA, download, unpack};
+use super::tools::run;
 use crate::cpio::{Content, Entry, archive};
+use crate::workshop::Scratch;
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use vmatrix_model::manifest::GuestSpec;
+use vmatrix_model::manifest::PartKind;
 use vmatrix_vma_image::error::{Error, Result, io};
+use vmatrix_vma_image::machine::serial;
 
 /// The package that names the newest one.
 const META: &str = "linux-image-cloud-amd64";
@@ -91,13 +94,14 @@ fn order(modules_dep: &str, wanted: &[&str]) -> std::result::Result<Vec<String>,
     if ordered.is_empty() { Err(format!("modules.dep has none of {}", wanted.join(", "))) } else { Ok(ordered) }
 }
 
-/// Writes the initrd: loads the modules, lays a writable layer in memory over the read-only disk,
-/// gives the guest its address and hands over to the guest agent.
-pub fn initrd(kernel: &Kernel, guest: &GuestSpec, name: &str, to: &Path) -> Result<()> {
+/// Writes the initrd: loads the modules, lays a writable layer in memory over the read-only disk and its base, mounts
+/// the disk that is written, gives the guest its address and hands over to the guest agent. It holds nothing of one
+/// service, so that all have the same.
+pub fn initrd(kernel: &Kernel, address: Ipv4Addr, gateway: Ipv4Addr, to: &Path) -> Result<()> {
     let busybox = Path::new("/bin/busybox");
     let directory = |path: &str| Entry { path: path.to_owned(), content: Content::Directory };
     let mut entries: Vec<Entry> =
-        ["bin", "modules", "proc", "sys", "dev", "lower", "rw", "root"].map(directory).to_vec();
+        ["bin", "modules", "proc", "sys", "dev", "lower", "base", "rw", "root"].map(directory).to_vec();
     let program = fs::read(busybox).map_err(io("read", busybox))?;
     entries.push(Entry { path: "bin/busybox".to_owned(), content: Content::Executable(program) });
     let mut load = String::new();
@@ -107,6 +111,7 @@ pub fn initrd(kernel: &Kernel, guest: &GuestSpec, name: &str, to: &Path) -> Resu
         let bytes = fs::read(module).map_err(io("read", module))?;
         entries.push(Entry { path, content: Content::File(bytes) });
     }
+    let [root, base, data] = [PartKind::Disk, PartKind::Base, PartKind::Data].map(|kind| serial(kind).unwrap_or(""));
     let script = format!(
         "#!/bin/busybox sh\n\
          b=/bin/busybox\n\
@@ -114,22 +119,39 @@ pub fn initrd(kernel: &Kernel, guest: &GuestSpec, name: &str, to: &Path) -> Resu
          $b mount -t sysfs sysfs /sys\n\
          $b mount -t devtmpfs dev /dev\n\
          {load}\
-         $b mount -t ext4 -o ro /dev/vda /lower || $b echo no root disk\n\
+         disk() {{\n\
+           for d in /sys/block/vd*; do\n\
+             read s < $d/serial\n\
+             [ \"$s\" = $1 ] && echo /dev/${{d##*/}}\n\
+           done\n\
+         }}\n\
+         # What the console says last is what the build says.\n\
+         end() {{\n\
+           $b echo $@\n\
+           $b poweroff -f\n\
+         }}\n\
+         lower=/lower\n\
+         $b mount -t ext4 -o ro $(disk {root}) /lower || end no root disk\n\
+         base=$(disk {base})\n\
+         [ \"$base\" ] && $b mount -t ext4 -o ro $base /base && lower=/lower:/base\n\
          $b mount -t tmpfs -o size=60% rw /rw\n\
          $b mkdir /rw/upper /rw/work\n\
-         $b mount -t overlay -o lowerdir=/lower,upperdir=/rw/upper,workdir=/rw/work root /root\n\
-         $b hostname {name}\n\
+         $b mount -t overlay -o lowerdir=$lower,upperdir=/rw/upper,workdir=/rw/work root /root\n\
+         if [ -e /root{DATA} ]; then\n\
+           read data < /root{DATA}\n\
+           $b mount -t ext4 $(disk {data}) /root$data || end no data disk\n\
+         fi\n\
+         $b hostname -F /root/etc/hostname\n\
          $b ip link set lo up\n\
-         $b ip address add {}/24 dev eth0\n\
+         $b ip address add {address}/24 dev eth0\n\
          $b ip link set eth0 up\n\
-         $b ip route add default via {}\n\
+         $b ip route add default via {gateway}\n\
          for d in proc sys dev; do $b mount --move /$d /root/$d; done\n\
          $b mount -t tmpfs run /root/run\n\
          $b mkdir -p /root/dev/pts /root/dev/shm\n\
          $b mount -t devpts devpts /root/dev/pts\n\
          $b mount -t tmpfs shm /root/dev/shm\n\
          exec $b switch_root /root {AGENT}\n",
-        guest.address, guest.gateway,
     );
     entries.push(Entry { path: "init".to_owned(), content: Content::Executable(script.into_bytes()) });
     fs::write(to, archive(&entries)).map_err(io("write", to))

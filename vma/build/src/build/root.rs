@@ -1,14 +1,17 @@
-//! Recipe ─▶ root file system ─▶ disk: the application's packages with their dependencies, nothing else.
+//! Recipe ─▶ root file system: the application's packages with their dependencies, nothing else.
 
-use super::tools::{Scratch, copy, inside, reason, run};
+use super::base::Base;
+use super::ext4::MADE;
+use super::tools::{copy, inside, reason, run};
 use crate::recipe::{Extract, Recipe, beside};
+use crate::workshop::Scratch;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use vmatrix_vma_image::error::{Error, Result, io};
 
-/// The Debian release of every guest.
+/// The Debian release of a guest that stands on no base.
 const SUITE: &str = "bookworm";
 /// What no service reads (SODA's tailoring): documentation, translations.
 const NEVER: [&str; 6] = [
@@ -21,6 +24,8 @@ const NEVER: [&str; 6] = [
 ];
 /// The guest agent, which is the guest's first process.
 pub const AGENT: &str = "/sbin/vmatrix-vma-guest";
+/// Says where the disk that the guest writes is mounted, if it has one.
+pub const DATA: &str = "/etc/vmatrix/data";
 
 const SSHD: &str = "/usr/sbin/sshd";
 /// Run by the guest agent in every clone; a recipe adds its own beside it.
@@ -31,12 +36,33 @@ const NEW_HOST_KEYS: &str = "#!/bin/sh -e\n\
     ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key\n\
     if [ -e /run/sshd.pid ]; then read -r sshd < /run/sshd.pid; kill -HUP \"$sshd\"; fi\n";
 
-/// Makes the root file system in `root`; downloaded packages are kept in `cache`.
-pub fn make(file: &Path, recipe: &Recipe, root: &Path, cache: &Path, agent: &Path) -> Result<()> {
-    if recipe.packages.is_empty() {
+/// Of which release, which packages beside the essential ones, and what is left out of them.
+pub struct Packages<'a> {
+    release: &'a str,
+    names: Vec<&'a str>,
+    exclude: Vec<&'a str>,
+}
+
+impl<'a> Packages<'a> {
+    /// Those of a base, and of a recipe that stands on it or on none.
+    pub fn of(base: Option<&'a Base>, recipe: Option<&'a Recipe>) -> Packages<'a> {
+        let base = base.map(|b| &b.recipe);
+        let names = base.iter().flat_map(|b| &b.packages).chain(recipe.iter().flat_map(|r| &r.packages));
+        let exclude = base.iter().flat_map(|b| &b.exclude).chain(recipe.iter().flat_map(|r| &r.exclude));
+        Packages {
+            release: base.map_or(SUITE, |b| &b.release),
+            names: names.map(String::as_str).collect(),
+            exclude: exclude.map(String::as_str).collect(),
+        }
+    }
+}
+
+/// Makes the root file system in `root`, with all that its base has too; downloaded packages are kept in `cache`.
+pub fn make(file: &Path, recipe: &Recipe, base: Option<&Base>, root: &Path, cache: &Path, agent: &Path) -> Result<()> {
+    if recipe.packages.is_empty() && base.is_none() {
         fs::create_dir_all(root).map_err(io("create", root))?;
     } else {
-        bootstrap(recipe, root, cache)?;
+        bootstrap(&Packages::of(base, Some(recipe)), root, cache)?;
     }
     for folder in ["bin", "sbin", "etc/vmatrix", "proc", "sys", "dev", "run", "tmp", "var", "root"] {
         let path = root.join(folder);
@@ -68,6 +94,11 @@ pub fn make(file: &Path, recipe: &Recipe, root: &Path, cache: &Path, agent: &Pat
     say("/etc/hostname", format!("{}\n", recipe.name))?;
     say("/etc/hosts", format!("127.0.0.1 localhost\n127.0.1.1 {}\n", recipe.name))?;
     say("/etc/vmatrix/start", recipe.start.join("\n") + "\n")?;
+    if let Some(data) = &recipe.data {
+        let mount = within(root, &data.mount);
+        fs::create_dir_all(&mount).map_err(io("create", &mount))?;
+        say(DATA, format!("{}\n", data.mount))?;
+    }
     for line in &recipe.setup {
         run(&format!("setup line {line:?}"), &mut inside(root, line))?;
     }
@@ -79,32 +110,43 @@ pub fn make(file: &Path, recipe: &Recipe, root: &Path, cache: &Path, agent: &Pat
     Ok(())
 }
 
-fn bootstrap(recipe: &Recipe, root: &Path, cache: &Path) -> Result<()> {
+/// Makes a root file system of packages; the same packages give the same files.
+pub fn bootstrap(packages: &Packages, root: &Path, cache: &Path) -> Result<()> {
     let debs = cache.join("debs");
     fs::create_dir_all(&debs).map_err(io("create", &debs))?;
     let kept = quote(&debs);
-    let mut command = Command::new("mmdebstrap");
+    // It mounts /proc, /sys and /dev/shm into the root. In namespaces of its own those mounts and all its processes go
+    // with this one however that ends, and nobody who removes the root finds this machine's files in it.
+    let mut command = Command::new("setpriv");
     command
+        .args(["--pdeathsig", "KILL", "--", "unshare", "--mount", "--propagation", "private"])
+        .args(["--pid", "--fork", "--kill-child", "--", "mmdebstrap"])
         .args(["--mode=root", "--variant=essential", "--format=directory"])
         .args(["--skip=download/empty", "--skip=essential/unlink", "--skip=check/empty"])
         // Merged from the start: the package that would merge afterwards needs perl and minutes.
         .arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr")
         .arg("--aptopt=APT::Install-Recommends \"false\"")
         .arg("--dpkgopt=force-unsafe-io")
-        .arg(format!("--include={}", recipe.packages.join(",")))
         .arg(format!(
             "--setup-hook=mkdir -p \"$1\"/var/cache/apt/archives && cp -a {kept}/. \"$1\"/var/cache/apt/archives/"
         ))
         .arg(format!(
             "--customize-hook=find \"$1\"/var/cache/apt/archives -maxdepth 1 -name '*.deb' -exec mv -f -t {kept} {{}} +"
-        ));
-    for path in NEVER.iter().copied().chain(recipe.exclude.iter().map(String::as_str)) {
+        ))
+        // This machine's, which is nothing of a guest's.
+        .arg("--customize-hook=rm -f \"$1\"/etc/resolv.conf \"$1\"/etc/hostname")
+        // Has what would tell of the moment of the build say this one instead, or removed.
+        .env("SOURCE_DATE_EPOCH", MADE.to_string());
+    if !packages.names.is_empty() {
+        command.arg(format!("--include={}", packages.names.join(",")));
+    }
+    for path in NEVER.iter().chain(&packages.exclude) {
         command.arg(format!("--dpkgopt=path-exclude={path}"));
     }
-    command.arg(SUITE).arg(root).args(sources()?);
+    command.arg(packages.release).arg(root).args(sources(packages.release)?);
     run("mmdebstrap", &mut command).map(drop).map_err(|e| match e {
         Error::Tool { said, .. } if said.contains("Unable to locate package") => Error::BadRecipe {
-            file: PathBuf::from(format!("recipe {}", recipe.name)),
+            file: PathBuf::from(format!("packages {}", packages.names.join(" "))),
             problem: format!("{}; look its name up with `apt-cache search`", said.trim()),
         },
         other => other,
@@ -115,8 +157,8 @@ fn quote(path: &Path) -> String {
     format!("'{}'", path.display().to_string().replace('\'', "'\\''"))
 }
 
-/// The machine's own package sources of the guests' release.
-fn sources() -> Result<Vec<PathBuf>> {
+/// The machine's own package sources of a release.
+fn sources(release: &str) -> Result<Vec<PathBuf>> {
     let folder = Path::new("/etc/apt/sources.list.d");
     let mut files: Vec<PathBuf> = fs::read_dir(folder)
         .into_iter()
@@ -124,21 +166,21 @@ fn sources() -> Result<Vec<PathBuf>> {
         .filter_map(|e| Some(e.ok()?.path()))
         .filter(|p| p.extension().is_some_and(|e| e == "list" || e == "sources"))
         .chain([PathBuf::from("/etc/apt/sources.list")])
-        .filter(|p| fs::read_to_string(p).is_ok_and(|text| names_suite(&text)))
+        .filter(|p| fs::read_to_string(p).is_ok_and(|text| names_suite(&text, release)))
         .collect();
     files.sort();
     if files.is_empty() {
         return Err(Error::Tool {
-            what: format!("looking for package sources of {SUITE} in /etc/apt"),
+            what: format!("looking for package sources of {release} in /etc/apt"),
             status: "none found".to_owned(),
-            said: format!("add `deb <mirror> {SUITE} main` to /etc/apt/sources.list"),
+            said: format!("add `deb <mirror> {release} main` to /etc/apt/sources.list"),
         });
     }
     Ok(files)
 }
 
-fn names_suite(text: &str) -> bool {
-    text.lines().filter(|l| !l.trim_start().starts_with('#')).any(|l| l.split_whitespace().any(|w| w == SUITE))
+fn names_suite(text: &str, release: &str) -> bool {
+    text.lines().filter(|l| !l.trim_start().starts_with('#')).any(|l| l.split_whitespace().any(|w| w == release))
 }
 
 /// Downloads one package, without its dependencies.
@@ -215,33 +257,15 @@ fn install(from: &Path, to: &Path, mode: u32) -> Result<()> {
     fs::set_permissions(to, fs::Permissions::from_mode(mode)).map_err(io("set the mode of", to))
 }
 
-/// Makes an ext4 disk of the root file system, without mounting anything.
-pub fn disk(root: &Path, disk: &Path) -> Result<()> {
-    let output = run("du", Command::new("du").args(["-s", "-k", "--apparent-size"]).arg(root))?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let kib: u64 = text.split_whitespace().next().and_then(|w| w.parse().ok()).unwrap_or(0);
-    // Blocks and inodes round up; what is not used is zeros, which an image does not store.
-    let mib = kib * 13 / 10 / 1024 + 32;
-    run(
-        "mke2fs",
-        Command::new("mke2fs")
-            .args(["-q", "-t", "ext4", "-O", "^has_journal,^resize_inode", "-m", "0", "-E", "root_owner=0:0", "-d"])
-            .arg(root)
-            .arg(disk)
-            .arg(format!("{mib}M")),
-    )
-    .map(drop)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn only_sources_of_the_guests_release_are_taken() {
-        assert!(names_suite("deb [signed-by=/k] mirror bookworm main"));
-        assert!(names_suite("Types: deb\nSuites: bookworm bookworm-updates\n"));
-        assert!(!names_suite("# deb mirror bookworm main\ndeb mirror trixie main"));
-        assert!(!names_suite("Suites: bookworm-backports"));
+        assert!(names_suite("deb [signed-by=/k] mirror bookworm main", "bookworm"));
+        assert!(names_suite("Types: deb\nSuites: bookworm bookworm-updates\n", "bookworm"));
+        assert!(!names_suite("# deb mirror bookworm main\ndeb mirror trixie main", "bookworm"));
+        assert!(!names_suite("Suites: bookworm-backports", "bookworm"));
     }
 }

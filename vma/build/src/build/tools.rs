@@ -1,15 +1,18 @@
-//! Running the programs a build needs, with their own words in the error; and what is removed at the end.
+//! Running the programs a build needs, with their own words in the error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use vmatrix_vma_image::error::{DISK_FULL, Error, Result, io};
-use vmatrix_vma_image::store::make_private;
 
 /// Programs a build calls, with the packages that have them.
-pub const NEEDED: [(&str, &str); 9] = [
+pub const NEEDED: [(&str, &str); 13] = [
+    ("setpriv", "util-linux"),
+    ("unshare", "util-linux"),
     ("mmdebstrap", "mmdebstrap"),
     ("mke2fs", "e2fsprogs"),
+    ("debugfs", "e2fsprogs"),
+    ("e2fsck", "e2fsprogs"),
     ("dpkg-deb", "dpkg"),
     ("apt-get", "apt"),
     ("depmod", "kmod"),
@@ -77,61 +80,9 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
     })
 }
 
-/// How the folders of builds begin; they end with the builder's process id.
-pub const SCRATCH: &str = ".vmatrix-build-";
-
-/// Removes what builds that were killed left in these folders.
-pub fn sweep(folders: &[&Path]) {
-    let entries = folders.iter().filter_map(|f| fs::read_dir(f).ok()).flatten().flatten();
-    for entry in entries {
-        let name = entry.file_name();
-        let Some(tag) = name.to_str().and_then(|n| n.strip_prefix(SCRATCH)) else { continue };
-        let alive = tag.rsplit('-').next().is_some_and(|pid| Path::new("/proc").join(pid).exists());
-        if !alive && let Err(error) = fs::remove_dir_all(entry.path()) {
-            tracing::warn!(path = %entry.path().display(), %error, "what a killed build left stays");
-        }
-    }
-}
-
-/// A folder that only its owner may enter and that goes when this does, whatever happened.
-#[derive(Debug)]
-pub struct Scratch(PathBuf);
-
-impl Scratch {
-    pub fn new(path: PathBuf) -> Result<Scratch> {
-        make_private(&path)?;
-        Ok(Scratch(path))
-    }
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            tracing::warn!(path = %self.0.display(), %error, "a build's folder stays; remove it by hand");
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_a_killed_build_left_goes_and_a_living_ones_stays() {
-        let dir = tempfile::tempdir().unwrap();
-        let living = dir.path().join(format!("{SCRATCH}maps-{}", std::process::id()));
-        // No process has this number: it is above the kernel's largest.
-        let killed = dir.path().join(format!("{SCRATCH}maps-4194305"));
-        let other = dir.path().join("chunks-4194305");
-        for path in [&living, &killed, &other] {
-            fs::create_dir(path).unwrap();
-        }
-        sweep(&[dir.path()]);
-        assert!(living.exists() && !killed.exists() && other.exists());
-    }
 
     #[test]
     fn the_reason_is_the_lines_marked_as_errors_else_the_last_ones() {

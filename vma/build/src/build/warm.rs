@@ -1,12 +1,11 @@
 //! Powered on ─▶ healthy ─▶ warmed by real requests ─▶ suspended.
 
-use super::cell::Cell;
 use super::give_back::{self, Kinds};
-use super::process::Process;
 use super::progress::Progress;
 use super::requests::{self, Pass};
 use super::tools;
 use crate::recipe::Recipe;
+use crate::workshop::{Cell, Process};
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -43,7 +42,7 @@ impl Boot<'_> {
             .open(&files.memory)
             .map_err(io("create", &files.memory))?;
         memory.set_len(spec.memory_mib << 20).map_err(io("size", &files.memory))?;
-        let tap = cell.tap("tap0")?;
+        let tap = cell.tap()?;
         let run = Run {
             name: format!("build-{}", recipe.name),
             qmp: scratch.join("qmp"),

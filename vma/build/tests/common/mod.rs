@@ -2,11 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should say where")]
 #![allow(dead_code, reason = "each test uses what it needs")]
 
-use std::net::Ipv4Addr;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vmatrix_model::manifest::{Manifest, PartKind};
 use vmatrix_vma_build::build;
 use vmatrix_vma_image::chunks::{self, Need};
@@ -36,8 +37,11 @@ impl Cell {
         let name = format!("vmx-test-{}-{name}", std::process::id());
         netns::ip_batch(None, &[format!("netns add {name}")]).expect("needs root and iproute2");
         let cell = Cell(name);
-        let lines =
-            ["link add br0 type bridge".into(), format!("address add {gateway}/24 dev br0"), "link set br0 up".into()];
+        let lines = [
+            format!("link add br0 address {} type bridge", machine::BRIDGE_MAC),
+            format!("address add {gateway}/24 dev br0"),
+            "link set br0 up".into(),
+        ];
         netns::ip_batch(Some(&cell.0), &lines).unwrap();
         cell
     }
@@ -59,6 +63,28 @@ impl Drop for Process {
     }
 }
 
+/// An image that was built beforehand (`make images`), or is built now.
+pub async fn image(name: &str) -> (Store, Manifest) {
+    if let Some(store) = std::env::var_os("VMATRIX_STORE").map(PathBuf::from)
+        && let Ok(seen) = inspect::inspect(&store, name, &[])
+    {
+        return (Store::read(store).unwrap(), seen.manifest);
+    }
+    built(&format!("../../scenarios/guests/{name}.toml")).await
+}
+
+pub fn get(cell: &Cell, address: Ipv4Addr, path: &str) -> String {
+    netns::enter(&cell.path(), || {
+        let mut stream = TcpStream::connect((address, 80)).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        text.rsplit("\r\n\r\n").next().unwrap().to_owned()
+    })
+    .unwrap()
+}
+
 pub fn stage(manifest: &Manifest, store: &Store, dir: &Path) -> Files {
     let files = Files::within(dir);
     let key = inspect::owner_key(manifest, store).unwrap();
@@ -66,11 +92,26 @@ pub fn stage(manifest: &Manifest, store: &Store, dir: &Path) -> Files {
     let device = Need::blob(&manifest.device, manifest.seal.is_some());
     let device = chunks::open(&store.chunk(&device.digest).unwrap(), &device, key.as_ref()).unwrap();
     std::fs::write(&files.device, device).unwrap();
-    chunks::assemble(manifest.part(PartKind::Disk).unwrap(), store, &files.disk).unwrap();
+    for (kind, file) in [(PartKind::Disk, &files.disk), (PartKind::Base, &files.base), (PartKind::Data, &files.data)] {
+        if let Some(part) = manifest.part(kind) {
+            chunks::assemble(part, store, file).unwrap();
+        }
+    }
     files
 }
 
 pub async fn resume(manifest: &Manifest, files: &Files, cell: &Cell, dir: &Path, name: &str) -> (Process, PathBuf) {
+    resume_as(Start::Clone, manifest, files, cell, dir, name).await
+}
+
+pub async fn resume_as(
+    start: Start,
+    manifest: &Manifest,
+    files: &Files,
+    cell: &Cell,
+    dir: &Path,
+    name: &str,
+) -> (Process, PathBuf) {
     let tap = netns::open_tap(&cell.path(), "tap0").expect("needs /dev/net/tun");
     netns::ip_batch(Some(&cell.0), &["link set tap0 master br0 up".into()]).unwrap();
     let run = Run {
@@ -79,9 +120,10 @@ pub async fn resume(manifest: &Manifest, files: &Files, cell: &Cell, dir: &Path,
         guest_agent: dir.join(format!("{name}.agent")),
         tap_fd: tap.as_raw_fd(),
         console: None,
-        start: Start::Clone,
+        start,
     };
-    let process = Process(machine::command(&machine::arguments(manifest, files, &run), &tap).spawn().unwrap());
+    let mut command = machine::command(&machine::arguments(manifest, files, &run), &tap);
+    let process = Process(command.env("TMPDIR", dir).spawn().unwrap());
     let mut qmp = Qmp::connect(&run.qmp).await.unwrap();
     let began = Instant::now();
     qmp.load_state(&files.device).await.unwrap();

@@ -3,6 +3,7 @@
 // A test may stop where its own input is wrong.
 #![allow(clippy::unwrap_used)]
 
+mod singleton;
 mod world;
 
 use proptest::prelude::*;

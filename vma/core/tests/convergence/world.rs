@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::Ipv4Addr;
-use vmatrix_model::assignment::{Assignment, ServiceShare};
+use vmatrix_model::assignment::{Assignment, ServiceShare, Singleton};
 use vmatrix_model::edge_config::{EdgeConfig, EdgeSeen};
 use vmatrix_model::inventory::{ImageSeen, InstanceState, Inventory, MachineSeen};
 use vmatrix_model::{Bytes, Digest, Generation, InstanceId, MachineId, ServiceId, Span, Time};
@@ -59,6 +59,7 @@ pub fn service(name: &str, instances: u32) -> (ServiceId, ServiceShare) {
         backends: vec![],
         drain: Span::secs(10),
         forward_to: None,
+        singleton: None,
     };
     (name.parse().unwrap(), share)
 }
@@ -69,6 +70,13 @@ pub fn assignment(generation: u64, services: &[(&str, u32)]) -> Assignment {
         network: "tokyo".parse().unwrap(),
         services: services.iter().map(|(n, k)| service(n, *k)).collect(),
     }
+}
+
+/// An assignment of one singleton.
+pub fn singleton(generation: u64, instances: u32, what: Singleton) -> Assignment {
+    let mut assignment = assignment(generation, &[("maps", instances)]);
+    assignment.services.values_mut().for_each(|share| share.singleton = Some(what));
+    assignment
 }
 
 impl World {
@@ -84,6 +92,7 @@ impl World {
                     free_mib: 2048,
                     accelerator: "tcg".into(),
                     qemu_version: "10.0.2".into(),
+                    transfer: None,
                 };
                 (
                     id,
@@ -267,6 +276,9 @@ impl World {
                     m.cells.contains_key(&spec.instance) || used + spec.memory_mib <= m.seen.memory_mib,
                     "{id} was given more than it has"
                 );
+                if let Some(back) = m.cells.get_mut(&spec.instance).filter(|c| c.life == Life::Handed) {
+                    back.life = Life::Ready;
+                }
                 m.cells.entry(spec.instance.clone()).or_insert_with(|| {
                     *next += 1;
                     let address = Ipv4Addr::from_bits(0x6440_0000 + *next);
@@ -298,7 +310,9 @@ impl World {
             }
             Step::Release { instance } => {
                 if let Some(c) = m.cells.get(instance) {
-                    assert!(matches!(c.life, Life::Ready | Life::Building), "{instance} was released while it ran");
+                    let runs = !matches!(c.life, Life::Ready | Life::Building | Life::Handed);
+                    assert!(!runs, "{instance} was released while it ran");
+                    assert!(!in_rotation.contains(&c.address), "{instance} was released in rotation");
                 }
                 m.cells.remove(instance);
             }

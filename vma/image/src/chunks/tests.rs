@@ -76,11 +76,29 @@ fn what_is_closed_opens_again_and_nothing_else_does() {
     assert_eq!(open(&stored, &need, None).unwrap(), plain);
     let refused = |stored: &[u8], need: Need| open(stored, &need, None).unwrap_err().to_string();
     assert!(refused(&stored, Need { digest: Digest::of(b"other"), ..need }).contains("another digest"));
-    assert!(refused(&stored[1..], need).contains("bytes are stored"), "truncated");
-    let shorter = Need { stored: need.stored - 1, ..need };
-    assert!(refused(&stored[..stored.len() - 1], shorter).contains("cannot be unpacked"));
+    assert!(refused(&stored[1..], need).contains("cannot be unpacked"), "truncated");
+    assert!(refused(&stored[..stored.len() - 1], need).contains("cannot be unpacked"), "truncated");
+    let long = vec![0; plain.len() + STORED_MORE + 1];
+    assert!(refused(&long, Need { stored: long.len() as u64, ..need }).contains("too many"));
     assert!(refused(&stored, Need { plain: 8192, ..need }).contains("holds 4096 bytes"));
     assert!(refused(&stored, Need { plain: 1 << 40, ..need }).contains("more than a chunk may hold"));
+}
+
+#[test]
+fn what_another_zstd_packed_opens_too() {
+    let plain: Vec<u8> = (0..60_000u32).flat_map(|n| (n / 7).to_le_bytes()).collect();
+    let (need, ours) = close(&plain, None).unwrap();
+    let theirs = zstd::bulk::compress(&plain, 19).unwrap();
+    assert_ne!(ours.len(), theirs.len());
+    assert_eq!(open(&theirs, &need, None).unwrap(), plain);
+    let (_dir, store) = store();
+    assert!(!store.holds(&need));
+    for (stored, holds) in [(&ours[..], true), (&theirs, true), (&theirs[..theirs.len() - 1], false)] {
+        store.replace_chunk(&need.digest, stored).unwrap();
+        assert_eq!(store.holds(&need), holds, "{} bytes", stored.len());
+        // Nobody can look into one that is sealed: there the length has to be right.
+        assert_eq!(store.holds(&Need { sealed: true, ..need }), stored.len() == ours.len());
+    }
 }
 
 #[test]

@@ -4,7 +4,6 @@
 
 mod facts;
 mod guest;
-mod measure;
 mod paged;
 mod world;
 
@@ -59,15 +58,6 @@ async fn machine_a_vm_outlives_libvirts_daemon_and_is_driven_by_the_next() {
     world.hypervisor().cont(&vm).await.expect("the next daemon knows the domain");
     world.hypervisor().quit("stays").await.unwrap();
     assert_eq!(world.hypervisor().find("stays").await.unwrap(), None);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn machine_an_instant_resume_runs_sooner_than_virsh_restore() {
-    let guest = Guest::get().await;
-    let direct = World::new(&guest, Direct::new());
-    let under = World::new(&guest, Under::start().await);
-    let [by_direct, by_libvirt, by_restore] = measure::resumes(&direct, &under).await;
-    assert!(by_direct < by_restore && by_libvirt < by_restore, "{by_direct} {by_libvirt} {by_restore} ms");
 }
 
 #[tokio::test(flavor = "multi_thread")]

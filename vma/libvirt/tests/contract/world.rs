@@ -65,10 +65,6 @@ impl Under {
         Under { libvirt, daemon, folder }
     }
 
-    pub fn libvirt(&self) -> &Libvirt {
-        &self.libvirt
-    }
-
     /// A hypervisor over the same daemon that keeps its VMs in another folder.
     pub async fn elsewhere(&self, folder: &Path) -> Libvirt {
         connect(&self.daemon, folder).await

@@ -330,6 +330,7 @@ impl Thread {
             critical: self.state.has_working_set(),
             fetched_bytes: self.fetched,
             stuck,
+            ..Status::default()
         };
     }
 }

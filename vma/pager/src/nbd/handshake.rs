@@ -1,8 +1,11 @@
 //! NBD's fixed newstyle handshake: options until the client goes on to requests, or away.
 
-use super::EXPORT;
+use crate::disk::Disk;
 use std::io::{Error, ErrorKind, Result};
+use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use vmatrix_model::manifest::PartKind;
+use vmatrix_vma_image::machine;
 
 const MAGIC: u64 = 0x4e42_444d_4147_4943;
 const OPTION: u64 = 0x4948_4156_454f_5054;
@@ -31,16 +34,21 @@ const INVALID: u32 = (1 << 31) + 3;
 const UNKNOWN: u32 = (1 << 31) + 6;
 const TOO_BIG: u32 = (1 << 31) + 9;
 
-/// The export has these flags, is read-only, can be flushed, and looks the same over every connection.
-const EXPORT_FLAGS: u16 = 1 | 2 | 4 | 256;
-/// Smallest, best and largest read.
-const BLOCK_SIZES: [u32; 3] = [1, 4096, super::requests::READ_MAX];
+/// An export that is read has these flags, is read-only, can be flushed, and looks the same over every connection.
+const READ_FLAGS: u16 = 1 | 2 | 4 | 256;
+/// One that is written can be flushed, trimmed, and told to have zeros.
+const WRITE_FLAGS: u16 = 1 | 4 | 32 | 64;
+/// Smallest, best and largest read or write.
+const BLOCK_SIZES: [u32; 3] = [1, 4096, super::requests::BYTES_AT_ONCE];
 
-/// Shakes hands over `stream`; whether requests follow.
+/// Shakes hands over `stream`; the disk that requests are to follow for, if any.
 ///
 /// # Errors
 /// The client is gone, or does not speak NBD.
-pub(crate) async fn shake<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, size: u64) -> Result<bool> {
+pub(crate) async fn shake<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    disks: &[Arc<Disk>],
+) -> Result<Option<Arc<Disk>>> {
     let mut hello = Vec::new();
     hello.extend(MAGIC.to_be_bytes());
     hello.extend(OPTION.to_be_bytes());
@@ -71,37 +79,37 @@ pub(crate) async fn shake<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, siz
         match option {
             EXPORT_NAME => {
                 // This option has no way to refuse.
-                if !is_ours(&data) {
-                    return Err(odd("an export's name"));
-                }
-                let mut answer = information(size)[2..].to_vec();
+                let disk = named(disks, &data).ok_or_else(|| odd("an export's name"))?;
+                let mut answer = information(disk)[2..].to_vec();
                 if flags & u32::from(NO_ZEROES) == 0 {
                     answer.extend([0; 124]);
                 }
                 stream.write_all(&answer).await?;
-                return Ok(true);
+                return Ok(Some(disk.clone()));
             }
             ABORT => {
                 reply(stream, option, ACK, b"").await?;
-                return Ok(false);
+                return Ok(None);
             }
             LIST if len == 0 => {
-                let mut name = (EXPORT.len() as u32).to_be_bytes().to_vec();
-                name.extend(EXPORT.bytes());
-                reply(stream, option, SERVER, &name).await?;
+                for export in disks.iter().filter_map(|disk| machine::export(disk.kind())) {
+                    let mut name = (export.len() as u32).to_be_bytes().to_vec();
+                    name.extend(export.bytes());
+                    reply(stream, option, SERVER, &name).await?;
+                }
                 reply(stream, option, ACK, b"").await?;
             }
-            INFO | GO => match asked_for(&data) {
+            INFO | GO => match asked_for(&data).map(|name| named(disks, name)) {
                 None => reply(stream, option, INVALID, b"").await?,
-                Some(name) if !is_ours(name) => reply(stream, option, UNKNOWN, b"").await?,
-                Some(_) => {
-                    reply(stream, option, INFORMATION, &information(size)).await?;
+                Some(None) => reply(stream, option, UNKNOWN, b"").await?,
+                Some(Some(disk)) => {
+                    reply(stream, option, INFORMATION, &information(disk)).await?;
                     let mut sizes = 3u16.to_be_bytes().to_vec();
                     sizes.extend(BLOCK_SIZES.iter().flat_map(|s| s.to_be_bytes()));
                     reply(stream, option, INFORMATION, &sizes).await?;
                     reply(stream, option, ACK, b"").await?;
                     if option == GO {
-                        return Ok(true);
+                        return Ok(Some(disk.clone()));
                     }
                 }
             },
@@ -112,9 +120,13 @@ pub(crate) async fn shake<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, siz
     Err(odd("so many options"))
 }
 
-/// The default export is this one too.
-fn is_ours(name: &[u8]) -> bool {
-    name.is_empty() || name == EXPORT.as_bytes()
+/// The disk that is exported under a name; under none, the root.
+fn named<'a>(disks: &'a [Arc<Disk>], name: &[u8]) -> Option<&'a Arc<Disk>> {
+    let is = |disk: &&Arc<Disk>| match name {
+        b"" => disk.kind() == PartKind::Disk,
+        name => machine::export(disk.kind()).is_some_and(|export| export.as_bytes() == name),
+    };
+    disks.iter().find(is)
 }
 
 /// The name in an option that asks about an export: its length, itself, and a list of what is asked.
@@ -126,10 +138,11 @@ fn asked_for(data: &[u8]) -> Option<&[u8]> {
 }
 
 /// What there is to know of the export: kind 0, size, flags.
-fn information(size: u64) -> Vec<u8> {
+fn information(disk: &Disk) -> Vec<u8> {
+    let flags = if disk.is_writable() { WRITE_FLAGS } else { READ_FLAGS };
     let mut bytes = 0u16.to_be_bytes().to_vec();
-    bytes.extend(size.to_be_bytes());
-    bytes.extend(EXPORT_FLAGS.to_be_bytes());
+    bytes.extend(disk.size().to_be_bytes());
+    bytes.extend(flags.to_be_bytes());
     bytes
 }
 

@@ -1,4 +1,7 @@
+mod writes;
+
 use super::*;
+use crate::disk::Life;
 use crate::engine::Fetch;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,6 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 use vmatrix_model::manifest::{Blob, Chunk, Part, PartKind};
 use vmatrix_model::{Bytes, Digest};
+use vmatrix_vma_image::machine;
 
 const CHUNK: u64 = 64 << 10;
 
@@ -24,9 +28,12 @@ struct World {
 
 impl World {
     fn new() -> World {
+        World::within(tempfile::Builder::new().prefix("vmx-nbd").tempdir().unwrap())
+    }
+
+    fn within(dir: tempfile::TempDir) -> World {
         let mut plain: Vec<u8> = (0..CHUNK * 10 + 4096).map(|i| (i / 512 * 7 + i) as u8).collect();
         plain[CHUNK as usize * 3..CHUNK as usize * 5].fill(0);
-        let dir = tempfile::Builder::new().prefix("vmx-nbd").tempdir().unwrap();
         std::fs::write(dir.path().join("plain"), &plain).unwrap();
         let (fetched, works) = (Arc::default(), Arc::new(true.into()));
         let (known, task) = (Arc::default(), tokio::spawn(async {}));
@@ -41,7 +48,19 @@ impl World {
 
     /// A new server on the same files.
     fn serve(&mut self) {
-        let chunks: Vec<&[u8]> = self.plain.chunks(CHUNK as usize).collect();
+        let disk = self.disk(PartKind::Disk, None);
+        self.serve_all(vec![disk]);
+    }
+
+    /// A disk of these bytes, as it is left by the one before.
+    fn disk(&self, kind: PartKind, life: Option<Life>) -> Arc<Disk> {
+        let path = self.path(machine::export(kind).unwrap());
+        self.disk_at(&path, kind, life, self.plain.len() as u64, self.table(&self.plain))
+    }
+
+    /// The chunks of these bytes, and a source that has them as long as `works` says so.
+    fn table(&self, plain: &[u8]) -> (Vec<Option<Chunk>>, Fetch) {
+        let chunks: Vec<&[u8]> = plain.chunks(CHUNK as usize).collect();
         let held: BTreeMap<Digest, Vec<u8>> = chunks.iter().map(|c| (Digest::of(c), c.to_vec())).collect();
         let chunk = |c: &&[u8]| Chunk { digest: Digest::of(c), stored: Bytes(100) };
         let table = chunks.iter().map(|c| c.iter().any(|b| *b != 0).then(|| chunk(c))).collect();
@@ -51,14 +70,34 @@ impl World {
             let plain = works.load(Ordering::Relaxed).then(|| held[&need.digest].clone());
             Box::pin(async move { plain.ok_or_else(|| "gone".to_owned()) })
         });
+        (table, fetch)
+    }
+
+    fn disk_at(
+        &self,
+        path: &Path,
+        kind: PartKind,
+        life: Option<Life>,
+        size: u64,
+        (table, fetch): (Vec<Option<Chunk>>, Fetch),
+    ) -> Arc<Disk> {
         let blob = Blob { digest: Digest::of(b""), stored: Bytes(0), plain: Bytes(0) };
-        let (size, chunk) = (Bytes(self.plain.len() as u64), Bytes(CHUNK));
-        let part = Part { kind: PartKind::Disk, size, chunk, table: blob, stored: Bytes(0) };
-        let disk = Disk::open(&self.path("disk"), part, watch::channel(Some(Arc::new(table))).1, fetch).unwrap();
+        let part = Part { kind, size: Bytes(size), chunk: Bytes(CHUNK), table: blob, stored: Bytes(0) };
+        Arc::new(Disk::open(path, part, life, watch::channel(Some(Arc::new(table))).1, fetch).unwrap())
+    }
+
+    fn serve_all(&mut self, disks: Vec<Arc<Disk>>) {
         let listener = socket::listen(&self.path("s"), 0o666).unwrap();
         let known = self.known.clone();
         let allowed: Allowed = Arc::new(move |pid| known.lock().unwrap().contains(&pid));
-        self.task = tokio::spawn(serve(listener, Arc::new(disk), allowed));
+        self.task = tokio::spawn(serve(listener, disks, allowed));
+    }
+
+    /// Ends the server, with all its connections.
+    async fn end(&mut self) {
+        self.task.abort();
+        let _ = (&mut self.task).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 
     async fn connect(&self) -> UnixStream {
@@ -150,9 +189,7 @@ async fn machine_qemus_own_tools_read_the_same_disk_and_cannot_write_it() {
     assert!(said.contains("Permission denied"), "{said}");
 
     // The next server believes the file only where it is right.
-    world.task.abort();
-    let _ = (&mut world.task).await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    world.end().await;
     let file = std::fs::OpenOptions::new().write(true).open(world.path("disk")).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, b"damage", 7 * CHUNK + 100).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, b"damage", 3 * CHUNK).unwrap();
@@ -170,7 +207,7 @@ async fn requests_that_may_not_be_are_refused_and_the_connection_goes_on() {
     for (kind, offset, len, error) in [
         (0, size - 10, 11, 22),
         (0, u64::MAX, 2, 22),
-        (0, 0, requests::READ_MAX + 1, 22),
+        (0, 0, requests::BYTES_AT_ONCE + 1, 22),
         (0, 0, 0, 22),
         (4, 0, 512, 1),
         (6, 0, 512, 1),
@@ -245,9 +282,7 @@ async fn machine_another_users_process_is_served_only_once_it_is_known() {
 #[tokio::test(flavor = "multi_thread")]
 async fn machine_a_disk_is_read_where_there_is_no_room_to_keep_it() {
     let mut world = World::new();
-    world.task.abort();
-    let _ = (&mut world.task).await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    world.end().await;
     let small = world.path("small");
     std::fs::create_dir(&small).unwrap();
     let flags = nix::mount::MsFlags::empty();

@@ -1,9 +1,11 @@
 //! A guest's memory made of known bytes, and a process that maps it as QEMU does.
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code, reason = "helpers of tests; no file uses all of them")]
 
+pub mod place;
+
 use nix::fcntl::FallocateFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap};
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
@@ -11,6 +13,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -236,6 +239,20 @@ pub fn process() {
                     found == expected
                 });
                 if all { "right" } else { "wrong" }.to_owned()
+            }
+            // Takes pages out of this process's page table, as a kernel does that is short of memory; the file has
+            // them still.
+            "forget" => {
+                let (from, to) = (number(1) as usize * PAGE, number(2) as usize * PAGE);
+                let at = NonNull::new(memory.as_mut_ptr()).unwrap().cast::<std::ffi::c_void>();
+                for advice in [MmapAdvise::MADV_PAGEOUT, MmapAdvise::MADV_DONTNEED] {
+                    // SAFETY: the mapping is shared, so all that the memory holds is in its file and comes back.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        madvise(at.byte_add(from), to - from, advice).unwrap();
+                    }
+                }
+                "forgotten".to_owned()
             }
             // Gives a page back, as a balloon does.
             "punch" => {

@@ -29,6 +29,8 @@ fn request() -> impl Strategy<Value = Request> {
         digest().prop_map(|id| Request::Key { id }),
         any::<u32>().prop_map(|bytes| Request::Warm { bytes }),
         any::<u64>().prop_map(|token| Request::Ping { token }),
+        (any::<u32>(), prop::collection::vec(any::<u8>(), 0..=QUESTION_MAX))
+            .prop_map(|(request, question)| Request::Ask { request, question }),
     ]
 }
 
@@ -42,7 +44,7 @@ proptest! {
         let _ = Request::decode(&bytes);
         let _ = Answer::decode(&bytes);
         // Right kinds with wrong bodies are the harder case.
-        for kind in (1..=7).chain(65..=72) {
+        for kind in (1..=8).chain(65..=72) {
             let mut frame = bytes.clone();
             frame.insert(0, kind);
             let _ = Request::decode(&frame);
@@ -81,6 +83,7 @@ proptest! {
             Answer::Missing { digest: d },
             Answer::Elsewhere { digest: d, addresses },
             Answer::Begin { stream, what: What::Pushed { request: length }, length },
+            Answer::Begin { stream, what: What::Reply { request: stream }, length },
             Answer::Pad { bytes: &data },
             Answer::Pong { token },
         ];

@@ -113,6 +113,7 @@ impl<'a> Reader<'a> {
                             let _ = waits.send(Err(text));
                         }
                     }
+                    Refers::Ask { request } => self.reply(request, Err(text)),
                     Refers::Chunk { digest } => {
                         return Ok(lock(&self.shared.asked).remove(&digest).map(|_| Report::Missing { digest }));
                     }
@@ -134,8 +135,9 @@ impl<'a> Reader<'a> {
                 return wrong(format!("a manifest of {length} bytes, more than {JSON_MAX} (open {request})"));
             }
             What::Key { .. } if length != KEY_LENGTH => return wrong(format!("a key of {length} bytes")),
+            What::Reply { .. } if length > frame::REPLY_MAX => return wrong(format!("an answer of {length} bytes")),
             What::Pushed { .. } if length != 0 => return wrong(format!("an end of {length} bytes")),
-            What::Manifest { .. } | What::Key { .. } | What::Pushed { .. } => true,
+            What::Manifest { .. } | What::Key { .. } | What::Pushed { .. } | What::Reply { .. } => true,
             What::Chunk { digest } => match lock(&self.shared.asked).get(&digest) {
                 Some(stored) if *stored != length as u64 => {
                     let short = digest.short();
@@ -185,6 +187,7 @@ impl<'a> Reader<'a> {
         match what {
             What::Manifest { request } => self.tell(request, Item::Manifest(bytes)),
             What::Pushed { request } => self.tell(request, Item::End),
+            What::Reply { request } => self.reply(request, Ok(bytes)),
             What::Key { id } => {
                 if let Some(waits) = lock(&self.shared.keys).remove(&id) {
                     let _ = waits.send(Ok(bytes.clone()));
@@ -211,6 +214,13 @@ impl<'a> Reader<'a> {
             self.shared.pushed.fetch_add(bytes.len(), Ordering::Relaxed);
             let room = Room { link: Arc::clone(&self.shared), bytes: bytes.len() };
             let _ = open.try_send(Item::Stored { digest, bytes: bytes.clone(), room });
+        }
+    }
+
+    fn reply(&self, request: u32, reply: Result<Bytes, String>) {
+        // One that nobody waits for any more is dropped.
+        if let Some(waits) = lock(&self.shared.questions).remove(&request) {
+            let _ = waits.send(reply);
         }
     }
 

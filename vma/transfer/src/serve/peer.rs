@@ -9,7 +9,7 @@
 use super::prepare::{self, Prepared};
 use super::{PREPARED_MAX, Shared, lock};
 use crate::Class;
-use crate::frame::{self, Answer, FRAME_MAX, How, ImageRef, Refers, Request, What};
+use crate::frame::{self, Answer, FRAME_MAX, How, ImageRef, REPLY_MAX, Refers, Request, What};
 use crate::holders::Turn;
 use crate::identity::{Name, Role};
 use crate::outbox::{Load, Outbox};
@@ -33,6 +33,8 @@ const STALL_MAX: Duration = Duration::from_secs(20);
 const ITEMS_MAX: usize = prepare::PUSH_MAX + 2048;
 /// Opens of one connection that are prepared at once, and keys that are looked for.
 const OPENS_MAX: usize = 8;
+/// Questions of one connection that are answered at once.
+const QUESTIONS_MAX: usize = 4;
 const TOO_MANY: &str = "too many images and keys are asked for on this connection at once; wait for one";
 /// Bytes of nothing sent to warm a connection.
 const WARM_MAX: u32 = 4 << 20;
@@ -45,6 +47,7 @@ pub(super) struct Peer {
     /// Where it serves others.
     serving: Mutex<Option<SocketAddr>>,
     opens: Arc<Semaphore>,
+    questions: Arc<Semaphore>,
 }
 
 /// Serves a peer until its connection ends, and says why it did.
@@ -57,6 +60,7 @@ pub(super) async fn serve(shared: Arc<Shared>, tls: TlsStream<TcpStream>, unsent
         wake: Notify::new(),
         serving: Mutex::default(),
         opens: Arc::new(Semaphore::new(OPENS_MAX)),
+        questions: Arc::new(Semaphore::new(QUESTIONS_MAX)),
     });
     let _leaves = Leaves(Arc::clone(&peer));
     tokio::select! {
@@ -116,6 +120,7 @@ impl Peer {
             Request::Key { id } => return self.key(id),
             Request::Warm { bytes } => lock(&self.outbox).pad(bytes, WARM_MAX),
             Request::Ping { token } => return self.answer(&Answer::Pong { token }),
+            Request::Ask { request, question } => return self.asked(request, question),
         }
         self.wake.notify_one();
         Ok(())
@@ -173,6 +178,40 @@ impl Peer {
                 tracing::warn!(name = %peer.name, key = %id.short(), reason = text, "a key was not given");
                 // One that does not read is noticed by its next request.
                 let _ = peer.answer(&Answer::Refused { refers, text });
+            }
+        });
+        Ok(())
+    }
+
+    /// Has this machine answer. A connection that ends meanwhile changes nothing: the answer is whole, and the asker
+    /// asks again.
+    fn asked(self: &Arc<Peer>, request: u32, question: Vec<u8>) -> Result<(), String> {
+        let refers = Refers::Ask { request };
+        let refuse = |text: &str| self.answer(&Answer::Refused { refers, text: text.to_owned() });
+        if self.name.role != Role::Machine {
+            return refuse("only machines are answered");
+        }
+        let Some(answerer) = self.shared.answerer.get().cloned() else {
+            return refuse("it answers no questions");
+        };
+        let Ok(turn) = Arc::clone(&self.questions).try_acquire_owned() else {
+            return refuse("too many questions are asked on this connection at once; wait for one");
+        };
+        let peer = Arc::clone(self);
+        tokio::spawn(async move {
+            let _turn = turn;
+            match answerer.answer(peer.name.clone(), question).await {
+                Ok(reply) if reply.len() <= REPLY_MAX => {
+                    let bytes = Load::Bytes(Arc::new(reply));
+                    lock(&peer.outbox).add(What::Reply { request }, Class::Miss, bytes);
+                    peer.wake.notify_one();
+                }
+                Ok(reply) => {
+                    let text = format!("its answer has {} bytes, more than {REPLY_MAX}", reply.len());
+                    // One that does not read is noticed by its next request.
+                    let _ = peer.answer(&Answer::Refused { refers, text });
+                }
+                Err(text) => drop(peer.answer(&Answer::Refused { refers, text })),
             }
         });
         Ok(())

@@ -175,7 +175,7 @@ fn manifest(memory: Memory, device: Blob, disk: Part, key: Option<&OwnerKey>) ->
             accelerator: "tcg".to_owned(),
             smp: 1,
             memory_mib: 32,
-            devices: machine::devices(MAC),
+            devices: machine::devices(MAC, &[PartKind::Disk]),
             netdev: machine::NETDEV.to_owned(),
             append: "quiet".to_owned(),
         },

@@ -52,7 +52,7 @@ fn machine_a_newer_image_takes_the_place_of_one_that_nothing_runs_from() {
         assert_eq!(has(), Some(first));
 
         // A cell keeps the image it was made from.
-        machine.records.begin(&spec(0), machine.config.cells).unwrap();
+        machine.records.begin(&spec(0), machine.config.cells, None).unwrap();
         let second = offer(2);
         machine.renew("tiny").await.unwrap();
         assert_eq!(has(), Some(first));

@@ -12,6 +12,9 @@ use vmatrix_vma_image::seal::OwnerKey;
 use vmatrix_vma_image::{Store, inspect};
 
 /// The store's own key, which is made if there is none.
+///
+/// # Errors
+/// It cannot be read, or not be made.
 pub fn key(store: &Store) -> Result<OwnerKey> {
     let own = store.dir().join("keys").join("owner");
     if !own.exists() {
