@@ -96,7 +96,7 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<Report> {
     let mut report = bench.report(
         "relocate",
         vec![
-            "first byte: from the order to the first byte of the first correct answer, tried every 5 ms on a new connection by a client at the target".to_owned(),
+            "first byte: from the order to the first byte of the first correct answer, tried on a new connection every 5 ms (every 20 ms where tries are dropped until the guest may be reached) by a client at the target".to_owned(),
             "links: the lab's WAN emulator (user space, no loss, queue of two round trips), MTU 1500, TCP cubic, no cut of the window after idling, no memory of earlier connections".to_owned(),
             "limit: r + 8(D+W)/B + T_load + T_guest; T_guest is the first byte of vmatrix_local (the product's whole path with every byte there: cell, pager, load, reseed, clock, health check) without its load step; bare limit: the same with local_files (QEMU waits, nothing but load and the guest itself)".to_owned(),
             "whole_image_zstd, stop_and_copy and local_files find a QEMU that already waits at the target; the product starts its own QEMU within the order unless it keeps one waiting".to_owned(),
