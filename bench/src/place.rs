@@ -195,11 +195,18 @@ mod tests {
         namespace.create().expect("needs root and iproute2");
         fs::write(folder.join("file"), b"x").unwrap();
         let mut child = Command::new("tail").arg("-f").arg(folder.join("file")).stdout(Stdio::null()).spawn().unwrap();
+        // It is found by its command line, which it has when it is `tail`.
+        let (asked, named) = (Instant::now(), format!("/{name}/"));
+        while processes_of(&name, &named).is_empty() {
+            assert!(asked.elapsed() < GONE_LIMIT, "tail does not begin");
+            std::thread::yield_now();
+        }
         let place = Place::claim().unwrap();
         let mine = place.namespace("a");
         mine.create().unwrap();
         sweep();
-        assert!(!namespace.path().exists() && !folder.exists(), "something was left");
+        assert!(!namespace.path().exists(), "{} was left", namespace.path().display());
+        assert!(!folder.exists(), "{} was left: {:?}", folder.display(), names_in(&folder));
         let ended = child.wait().unwrap();
         assert!(!ended.success(), "{ended}");
         assert!(mine.path().exists() && place.memory().exists());

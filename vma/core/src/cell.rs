@@ -6,9 +6,11 @@
 //!                      │                 └──SNAT▶ vpn0 ══▶ origin's intranet
 //!                      │ a singleton's: ri1, ri2, … ◀══ cells it left; ro0 ══▶ the cell it went to
 //! ```
-//! A connection to a singleton goes through every cell that the guest was in since the connection was opened, there
-//! and back: each cell remembers by a mark which way it came in. One that a cell has not seen yet, because only the
-//! guest has spoken since it came, was there when the guest came, and so goes back to the cell it came from.
+//! A singleton's former cells lead to the one it is in as the branches of a tree do, so each connection has one way
+//! there, and goes back the same: a cell marks a connection with the relay that its last packet came in by. Where only
+//! the guest has spoken since it came, a cell does not know: what it was marked with before may end elsewhere now. Then
+//! the packet leaves through all relays, as through a bridge that has not learnt yet; but one of these copies comes to
+//! where the client is known, the others are dropped on their way, and what the client says next is the mark.
 //!
 //! # Invariants
 //! 1. Only declared ports come in, and only while they are open: after the guest was reseeded.
@@ -40,6 +42,12 @@ pub const RELAY_OUT: &str = "ro0";
 pub const RELAYS_MAX: u8 = 15;
 /// The route of packets that go back through relay `n` is table `100 + n`.
 const RELAY_TABLE: u32 = 100;
+
+/// Addresses of the ends of relay `n` that brings packets, this cell's and beyond: nobody is asked for them.
+pub fn relay_in_ends(n: u8) -> (Ipv4Addr, Ipv4Addr) {
+    let first = n.wrapping_mul(4);
+    (Ipv4Addr::new(169, 254, 77, first | 1), Ipv4Addr::new(169, 254, 77, first | 2))
+}
 
 /// Both ends of the link between a network and a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,8 +110,8 @@ pub struct Relays<'a> {
     pub ports: &'a [u16],
     /// Numbers of those that bring packets, 1 to [`RELAYS_MAX`] each.
     pub ins: &'a [u8],
-    /// The one of `ins` that comes from where the guest was last.
-    pub latest: Option<u8>,
+    /// The one of `ins` that comes from the cell that [`RELAY_OUT`] leads to: nothing is sent back there.
+    pub opposite: Option<u8>,
     /// How often the guest came to this cell: what was marked before is not known to come the same way again.
     pub comings: u32,
     /// Whether there is [`RELAY_OUT`]; whether packets for the guest go there is the routes' affair.
@@ -116,7 +124,7 @@ pub fn relay_rules(r: &Relays) -> String {
     let ports: Vec<String> = r.ports.iter().map(u16::to_string).collect();
     let ports = ports.join(", ");
     let coming = (r.comings & 0xff_ffff) << 8;
-    let (mut pass, mut came, mut back) = (String::new(), String::new(), String::new());
+    let (mut pass, mut came, mut all) = (String::new(), String::new(), String::new());
     if r.out {
         let _ = writeln!(
             pass,
@@ -134,21 +142,28 @@ add rule ip vmatrix relayed iifname "{BRIDGE}" oifname "{RELAY_IN}*" ip saddr {g
     }
     for n in r.ins {
         let _ = writeln!(came, r#"    iifname "{RELAY_IN}{n}" ct mark set {}"#, coming | u32::from(*n));
+        let only = if r.opposite == Some(*n) { format!(r#"iifname "{BRIDGE}" "#) } else { String::new() };
+        let _ = writeln!(all, "    {only}dup to {}", relay_in_ends(*n).1);
     }
-    if let Some(latest) = r.latest {
-        let _ = writeln!(
-            back,
-            r#"    ct state new meta mark set {latest} accept
+    let back = if r.ins.is_empty() {
+        String::new()
+    } else {
+        format!(
+            r#"    ct state {{ new, invalid }} goto every_way
     ct mark 0 accept
-    ct mark & 0xffffff00 == {coming} meta mark set ct mark & 0xff accept
-    meta mark set {latest}"#
-        );
-    }
+    ct mark & 0xffffff00 != {coming} goto every_way
+    meta mark set ct mark & 0xff
+"#
+        )
+    };
     format!(
         r#"flush chain ip vmatrix relayed
 {pass}table ip vmatrix_relays {{}}
 delete table ip vmatrix_relays
 table ip vmatrix_relays {{
+  chain every_way {{
+{all}    drop
+  }}
   chain back {{
 {back}  }}
   chain way {{
@@ -161,11 +176,20 @@ table ip vmatrix_relays {{
     )
 }
 
-/// What `ip` is told so that packets with the mark of relay `n` go back through it; once its device is there. Told
-/// again it refuses the rule, and has then set the route.
+/// What `ip` is told so that packets with the mark of relay `n` go back through it or, while its device is not there,
+/// nowhere.
 pub fn relay_routes(n: u8) -> [String; 2] {
     let table = RELAY_TABLE + u32::from(n);
-    [format!("route replace default dev {RELAY_IN}{n} table {table}"), format!("rule add fwmark {n} lookup {table}")]
+    [
+        format!("route replace blackhole default table {table} metric 2"),
+        format!("route replace default dev {RELAY_IN}{n} table {table} metric 1"),
+    ]
+}
+
+/// The rule that has packets with the mark of relay `n` take the routes of [`relay_routes`]: `ip` is told to add it
+/// once, for it would have it twice.
+pub fn relay_route_rule(n: u8) -> String {
+    format!("fwmark {n} lookup {}", RELAY_TABLE + u32::from(n))
 }
 
 /// The whole rule set, replacing whatever the cell had; every port begins closed.
@@ -269,7 +293,7 @@ mod tests {
             guest: [192, 168, 1, 10].into(),
             ports: &[80, 7000],
             ins: &[1, 3],
-            latest: Some(3),
+            opposite: None,
             comings: 2,
             out: false,
         };
@@ -278,7 +302,11 @@ mod tests {
         assert_eq!(accepts.len(), 2);
         assert!(accepts.iter().all(|l| l.contains("192.168.1.10") && l.contains("port { 80, 7000 }")), "{here}");
         assert!(here.contains("iifname \"ri1\" ct mark set 513") && here.contains("iifname \"ri3\" ct mark set 515"));
-        let away = relay_rules(&Relays { out: true, latest: None, ins: &[], ..relays });
+        assert!(here.contains("\n    dup to 169.254.77.6\n    dup to 169.254.77.14\n    drop\n"), "{here}");
+        assert!(here.contains("ct mark & 0xffffff00 != 512 goto every_way"), "{here}");
+        let between = relay_rules(&Relays { out: true, opposite: Some(3), ..relays.clone() });
+        assert!(between.contains("\n    dup to 169.254.77.6\n    iifname \"br0\" dup to 169.254.77.14\n"), "{between}");
+        let away = relay_rules(&Relays { out: true, ins: &[], ..relays });
         assert!(!away.contains("br0\" ip") && away.contains("ro0") && !away.contains("meta mark set"), "{away}");
     }
 

@@ -59,7 +59,8 @@ pub fn inventory(vma: &Vma, now: Time) -> Inventory {
                 .and_then(|e| e.trouble.as_ref())
                 .map(|f| f.problem.clone())
                 .or_else(|| cell.and_then(|c| c.trouble.clone()))
-                .or_else(|| silence(vma, &machine));
+                .or_else(|| silence(vma, &machine))
+                .or_else(|| half_here(vma, &machine, &id));
             InstanceSeen {
                 machine,
                 state,
@@ -85,6 +86,13 @@ pub fn inventory(vma: &Vma, now: Time) -> Inventory {
 fn silence(vma: &Vma, machine: &MachineId) -> Option<String> {
     let silent = vma.machines.get(machine).is_some_and(Machine::is_silent);
     silent.then(|| format!("machine {machine} is silent and can be told nothing; start `vmatrix machine` there again"))
+}
+
+/// What runs from an image that does not become whole depends on that image's sources.
+fn half_here(vma: &Vma, machine: &MachineId, id: &InstanceId) -> Option<String> {
+    let image = &vma.shares().find(|(service, _)| **service == id.service)?.1.image;
+    let fault = vma.stages.get(&(machine.clone(), image.clone()))?.trouble.as_ref()?;
+    Some(format!("the rest of its image does not come: {}", fault.problem))
 }
 
 /// Memory for new cells; a silent machine takes none.

@@ -6,7 +6,7 @@ use super::{Machine, process};
 use crate::http::USUAL;
 use reqwest::Method;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmatrix_model::InstanceId;
 use vmatrix_model::inventory::MachineSeen;
 use vmatrix_model::wire::Subscription;
@@ -24,6 +24,8 @@ const HEALTH_LIMIT: Duration = Duration::from_secs(5);
 const RENEW_EVERY: Duration = Duration::from_secs(30);
 /// Between looks at which images are to be kept ready.
 const WARM_EVERY: Duration = Duration::from_secs(1);
+/// A QEMU that does not start to wait is not tried again at once: each try takes a moment of the processor.
+const SPARE_AGAIN: Duration = Duration::from_secs(30);
 /// Rounds between collections.
 const COLLECT_ROUNDS: u64 = 20;
 /// Missed in a row, it no longer counts as answering: a crowd may make it miss one or two.
@@ -99,15 +101,20 @@ pub async fn renew(machine: Arc<Machine>) {
 
 /// Keeps images ready that are here and that nothing runs from.
 pub async fn warm(machine: Arc<Machine>) {
+    let mut tried = None::<Instant>;
     loop {
         for known in machine.to_keep_warm() {
             machine.pager_for(&known);
         }
         // Not while somebody waits for a guest: a QEMU that starts takes the processor from it.
         if !machine.records.all().iter().any(|r| matches!(r.phase, Phase::Building | Phase::Resuming))
-            && let Err(e) = machine.fill_pool(&machine.to_keep_warm()).await
+            && tried.is_none_or(|at| at.elapsed() > SPARE_AGAIN)
         {
-            tracing::warn!(error = format!("{e:#}"), "cells start a QEMU of their own");
+            let filled = machine.fill_pool(&machine.to_keep_warm()).await;
+            tried = filled.is_err().then(Instant::now);
+            if let Err(e) = filled {
+                tracing::warn!(error = format!("{e:#}"), "cells start a QEMU of their own");
+            }
         }
         if let Err(e) = machine.make_room().await {
             tracing::warn!(error = format!("{e:#}"), "memory of images that do not run stays");

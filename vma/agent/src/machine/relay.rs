@@ -21,7 +21,9 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use vmatrix_model::manifest::GuestSpec;
-use vmatrix_vma_core::cell::{BRIDGE, RELAY_IN, RELAY_OUT, RELAYS_MAX, Relays, relay_routes, relay_rules};
+use vmatrix_vma_core::cell::{
+    BRIDGE, RELAY_IN, RELAY_OUT, RELAYS_MAX, Relays, relay_in_ends, relay_route_rule, relay_routes, relay_rules,
+};
 use vmatrix_vma_image::netns;
 use x25519_dalek::{PublicKey, StaticSecret};
 
@@ -92,7 +94,7 @@ impl Way {
     /// Of the device; nobody is asked for it.
     fn address(self) -> String {
         match self {
-            Way::In(n) => format!("169.254.77.{}/30", u16::from(n) * 4 + 1),
+            Way::In(n) => format!("{}/30", relay_in_ends(n).0),
             Way::Out => "169.254.76.1/30".to_owned(),
         }
     }
@@ -218,19 +220,16 @@ impl Machine {
         true
     }
 
-    /// The guest is about to come, by `latest` if there is a relay: from now on what arrives for it waits for it here.
+    /// The guest is about to come, along with relay `latest` if there is one: from now on what arrives for it waits
+    /// for it here.
     ///
     /// # Errors
     /// It cannot be written down, or the rules are not taken.
     pub(super) fn guest_expected(&self, record: &Record, guest: &GuestSpec, latest: Option<Way>) -> anyhow::Result<()> {
         let mut ends = self.relays(record)?;
         ends.away = false;
-        if let Some(Way::In(n)) = latest
-            && ends.ins.get(&n).is_some_and(|end| ends.latest != Some(n) || !end.used)
-        {
-            ends.comings += 1;
-            ends.latest = Some(n);
-        }
+        ends.comings = ends.comings.wrapping_add(1);
+        ends.latest = latest.and_then(|way| if let Way::In(n) = way { Some(n) } else { None });
         self.write_relays(record, &ends)?;
         self.relay_ways(record, guest, &ends)
     }
@@ -307,16 +306,19 @@ impl Machine {
     fn relay_ways(&self, record: &Record, guest: &GuestSpec, ends: &Ends) -> anyhow::Result<()> {
         let name = self.namespace(&record.spec.instance);
         let ins: Vec<u8> = ends.ins.iter().filter(|(_, end)| end.peer.is_some()).map(|(n, _)| *n).collect();
-        let latest = ends.latest.filter(|n| ins.contains(n));
+        let with = |out: &End| ends.ins.iter().find(|(_, end)| end.with == out.with).map(|(n, _)| *n);
+        let opposite = ends.out.as_ref().and_then(with);
         let (comings, out) = (ends.comings, ends.out.is_some());
-        let relays = Relays { guest: guest.address, ports: &guest.ports, ins: &ins, latest, comings, out };
+        let relays = Relays { guest: guest.address, ports: &guest.ports, ins: &ins, opposite, comings, out };
         cell::nft(&netns::path(&name), &relay_rules(&relays))?;
         for n in ins {
-            let [route, rule] = relay_routes(n);
-            // Without its device there is no way back yet, and the rule may be there already.
-            if netns::ip_batch(Some(&name), &[route]).is_ok() {
-                let _ = netns::ip_batch(Some(&name), &[format!("rule del {}", rule.trim_start_matches("rule add "))]);
-                netns::ip_batch(Some(&name), &[rule])?;
+            let [nowhere, back] = relay_routes(n);
+            let rule = relay_route_rule(n);
+            // It may be there already.
+            let _ = netns::ip_batch(Some(&name), &[format!("rule del {rule}")]);
+            netns::ip_batch(Some(&name), &[nowhere, format!("rule add {rule}")])?;
+            if let Err(e) = netns::ip_batch(Some(&name), &[back]) {
+                tracing::debug!(relay = n, error = %e, "its device is not there yet");
             }
         }
         self.guest_way(record, guest, ends.away)

@@ -38,7 +38,7 @@ fn machine_an_image_nobody_here_trusts_is_refused_by_signer() {
 #[test]
 fn machine_a_full_disk_while_staging_is_said_and_nothing_runs() {
     let network = Network::new("d");
-    let _small = Small::new(&network.dir.path().join("m"), "3m");
+    let _small = Small::new(&network.dir.path().join("m"), "1m");
     let said = refusal(&network);
     assert!(said.contains("no space left"), "{said}");
 }

@@ -13,15 +13,18 @@ mod writers;
 
 use book::{Lines, Stop};
 use std::time::{Duration, Instant};
-use users::Counting;
+use users::{Counting, page_within};
 use vmatrix_model::assignment::Singleton;
 use vmatrix_vma_core::steps::Life;
-use world::World;
+use world::{World, wait};
 
 const IMAGE: &str = "ledger";
 const PORTS: [u16; 2] = [80, 7000];
 const RELOCATIONS: usize = 20;
 const SOON: Duration = Duration::from_secs(20);
+/// A page that takes longer than a tour of the machines.
+const LATER: &str = "/cgi-bin/later?20";
+const LATER_LIMIT: Duration = Duration::from_secs(60);
 /// After a resume is done its users' lines may still be on their way.
 const AFTER: Duration = Duration::from_secs(1);
 /// Median of what a user waits for, on a machine that does nothing else; a busy one takes several times as long.
@@ -68,6 +71,47 @@ fn machine_connections_and_what_is_written_outlive_relocations() {
         blackouts[blackouts.len() - 1].as_millis()
     );
     assert!(median < BLACKOUT_MAX, "users wait {median:?}");
+}
+
+/// A user who has asked and says nothing more is answered by a guest that nobody has spoken to where it is: the way
+/// back is not known there.
+#[test]
+fn machine_who_only_waits_is_answered_wherever_it_went() {
+    const TOUR: [usize; 5] = [2, 0, 1, 2, 1];
+    let world = World::new("o", &["a", "b", "c"], IMAGE);
+    for machine in 0..3 {
+        world.stage(machine);
+    }
+    world.prepare(0, Singleton::Begin, &PORTS).unwrap();
+    world.resume(0).unwrap();
+    std::thread::scope(|threads| {
+        let (mut waiting, mut at) = (Vec::new(), 0);
+        let mut ask = |stop: usize, door: usize| {
+            let world = &world;
+            let asked = move || (Instant::now(), page_within(world, world.door(door, 80), LATER, LATER_LIMIT));
+            waiting.push((stop, door, threads.spawn(move || (asked(), Instant::now()))));
+        };
+        for (stop, to) in TOUR.into_iter().enumerate() {
+            // Through each network that it has a cell in.
+            (0..3)
+                .filter(|door| [0].iter().chain(&TOUR[..stop]).any(|been| been == door))
+                .for_each(|door| ask(stop, door));
+            wait(Duration::from_millis(500));
+            world.prepare(to, Singleton::Take(world.transfer(at)), &PORTS).unwrap();
+            world.resume(to).unwrap_or_else(|e| panic!("stop {stop}: {e}"));
+            at = to;
+        }
+        let toured = Instant::now();
+        let mut through = 0;
+        for (stop, door, user) in waiting {
+            let ((asked, said), answered) = user.join().unwrap();
+            let what = format!("asked {stop} moves in, through machine {door}, {:?} ago", asked.elapsed());
+            assert_eq!(said.as_deref(), Some("later\n"), "{what}\n{}", world.logs());
+            through += usize::from(answered > toured);
+        }
+        eprintln!("{through} were answered after the tour");
+        assert!(through > 0, "the tour took so long that nobody waited to its end");
+    });
 }
 
 /// Put to sleep it is held where it is; it moves while it sleeps, and its cell may go.

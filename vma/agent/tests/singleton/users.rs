@@ -65,9 +65,14 @@ fn count(mut stream: TcpStream, stop: &AtomicBool, lines: &AtomicU64) -> Vec<(In
 
 /// Asks for a page over a connection of its own.
 pub fn page(world: &World, door: SocketAddr, path: &str) -> Option<String> {
+    page_within(world, door, path, BROKEN)
+}
+
+/// Asks for a page that may take its time.
+pub fn page_within(world: &World, door: SocketAddr, path: &str, limit: Duration) -> Option<String> {
     world.inside("user", || {
         let mut stream = TcpStream::connect_timeout(&door, Duration::from_secs(20)).ok()?;
-        stream.set_read_timeout(Some(BROKEN)).unwrap();
+        stream.set_read_timeout(Some(limit)).unwrap();
         stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).ok()?;
         let mut text = String::new();
         stream.read_to_string(&mut text).ok()?;
