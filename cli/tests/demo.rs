@@ -156,3 +156,17 @@ fn machine_the_story_ends_well_though_daemons_are_killed() {
     assert_eq!(r["returned_to_dormant"], true);
     assert_eq!(number(&r, "/two_tier/lost_writes"), 0.0);
 }
+
+#[test]
+fn machine_a_singleton_is_moved_through_three_networks_under_its_users() {
+    const LEDGER: &str = "scenarios/library/moving-ledger.toml";
+    let before = left_behind();
+    let r = demo(LEDGER);
+    let new: Vec<String> = left_behind().difference(&before).cloned().collect();
+    assert!(new.is_empty(), "left behind: {new:?}");
+    let (replayed, _) = replay(LEDGER);
+    assert_eq!(woken(&r), woken(&replayed), "lab and replay moved it otherwise");
+    assert_eq!(number(&r, "/relocations"), 3.0, "{r}");
+    assert_eq!(number(&r, "/failed_requests"), 0.0, "{r}");
+    assert_eq!(r["returned_to_dormant"], true);
+}

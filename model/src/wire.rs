@@ -11,6 +11,10 @@ use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::ops::RangeInclusive;
+
+/// UDP ports at which machines' relays arrive: the machines take them, the edge lets them in.
+pub const RELAY_PORTS: RangeInclusive<u16> = 51_830..=52_085;
 
 /// An error as every daemon answers it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -24,6 +24,16 @@ pub struct EdgeFile {
     pub zone: String,
     /// The interface clients come in by.
     pub uplink: String,
+    /// Other networks' machines, which give this network's chunks and singletons and get them from it.
+    #[serde(default)]
+    pub peers: BTreeSet<Ipv4Net>,
+    /// Where this network's machines listen for them: the ports of their `transfer_listen`.
+    #[serde(default = "usual_transfer_ports")]
+    pub transfer_ports: BTreeSet<u16>,
+}
+
+fn usual_transfer_ports() -> BTreeSet<u16> {
+    BTreeSet::from([8446])
 }
 
 /// `origin.toml`.

@@ -57,7 +57,12 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
     let edge = Arc::new(Edge {
         network: file.network.clone(),
         zone: file.zone.clone(),
-        rules: Rules { uplink: file.uplink.clone(), control: file.control()? },
+        rules: Rules {
+            uplink: file.uplink.clone(),
+            control: file.control()?,
+            peers: file.peers.clone(),
+            transfer_ports: file.transfer_ports.clone(),
+        },
         own: [*file.listen.ip(), *file.dns_listen.ip()],
         config: Arc::new(RwLock::new(state::load(&file.state_dir.join("config.json"))?)),
         steering: RwLock::new(state::load(&file.state_dir.join("steering.json"))?),

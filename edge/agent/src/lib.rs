@@ -22,6 +22,7 @@ mod http;
 mod nat;
 pub mod origin;
 pub mod relay;
+mod sealed;
 mod state;
 mod store;
 pub mod tunnel;

@@ -9,7 +9,8 @@
 //! resolver keeps an answer too long. Both ends run this, each in its own cell; which packets go through is the
 //! cells' affair. Nothing leaves unsealed, and packets of anybody but the peer are dropped.
 
-use crate::wireguard::{KeyPair, Out, Session, from_base64};
+use crate::sealed::Sealed;
+use crate::wireguard::{KeyPair, Session, from_base64};
 use crate::{config, device, http, state};
 use anyhow::{Context, ensure};
 use ipnet::Ipv4Net;
@@ -19,16 +20,11 @@ use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddrV4};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 use tokio::net::UdpSocket;
-use tokio::time::{Instant, MissedTickBehavior};
-use tun_rs::AsyncDevice;
 
 /// As on the networks beside it: an open connection has agreed on full packets. What is then too large for the
 /// WAN is cut into fragments there.
 const MTU: u16 = 1500;
-/// How long a handshake may take before another begins: longer than the longest path on earth.
-const SHAKE_AGAIN: Duration = Duration::from_secs(1);
 
 /// What `vmatrix relay` is told, by a TOML file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -111,10 +107,7 @@ fn cut_large_datagrams(socket: &UdpSocket) -> nix::Result<()> {
 
 struct Relay {
     file: RelayFile,
-    session: Session,
-    socket: UdpSocket,
-    device: AsyncDevice,
-    shaken: Instant,
+    sealed: Sealed,
     written: Option<bool>,
 }
 
@@ -127,77 +120,22 @@ impl Relay {
         socket.connect(file.peer).await.with_context(|| format!("there is no route to {}", file.peer))?;
         let device = device::open(Some(&file.netns), &file.device, file.address, MTU).await?;
         tracing::info!(device = file.device, peer = %file.peer, "relay begins");
-        Ok(Relay {
-            session: Session::new(own, peer, 1, None),
-            socket,
-            device,
-            shaken: Instant::now(),
-            written: None,
-            file,
-        })
+        let sealed = Sealed::new(Session::new(own, peer, 1, None), socket, device, IpAddr::V4(*file.peer.ip()));
+        Ok(Relay { file, sealed, written: None })
     }
 
     async fn carry(&mut self) -> anyhow::Result<()> {
-        let mut ticks = tokio::time::interval(Duration::from_millis(250));
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut datagram, mut packet) = (vec![0u8; 65_536], vec![0u8; 65_536]);
-        self.shake().await;
+        self.sealed.shake().await;
         loop {
-            tokio::select! {
-                // A peer that is away answers with "port unreachable": timers deal with it.
-                received = self.socket.recv(&mut datagram) => if let Ok(length) = received {
-                    self.arrived(datagram.get(..length).unwrap_or_default()).await;
-                    self.tell()?;
-                },
-                received = self.device.recv(&mut packet) => {
-                    let length = received.context("the relay's device failed")?;
-                    let sealed = packet.get(..length).and_then(|p| self.session.seal(p));
-                    self.send(sealed).await;
-                }
-                _ = ticks.tick() => {
-                    let due = self.session.tick();
-                    self.send(due).await;
-                    let since = self.shaken.elapsed();
-                    if (!self.session.is_ready() || self.session.is_aging()) && since >= SHAKE_AGAIN {
-                        self.shake().await;
-                    }
-                    self.tell()?;
-                }
-            }
-        }
-    }
-
-    async fn arrived(&mut self, datagram: &[u8]) {
-        let peer = IpAddr::V4(*self.file.peer.ip());
-        for out in self.session.open(peer, datagram).unwrap_or_default() {
-            match out {
-                Out::Datagram(d) => self.send(Some(d)).await,
-                Out::Packet(p, _) => {
-                    if let Err(e) = self.device.send(&p).await {
-                        tracing::debug!("relay device: {e}");
-                    }
-                }
-            }
-        }
-    }
-
-    async fn shake(&mut self) {
-        self.shaken = Instant::now();
-        let hello = self.session.shake_hands();
-        self.send(hello).await;
-    }
-
-    async fn send(&self, datagram: Option<Vec<u8>>) {
-        if let Some(datagram) = datagram
-            && let Err(e) = self.socket.send(&datagram).await
-        {
-            tracing::debug!("relay socket: {e}");
+            let event = self.sealed.next().await?;
+            self.sealed.take(event).await;
+            self.tell()?;
         }
     }
 
     /// Writes the status when it changed.
     fn tell(&mut self) -> anyhow::Result<()> {
-        let ready = self.session.is_ready();
+        let ready = self.sealed.is_ready();
         if self.written != Some(ready) {
             state::save(&self.file.status, &Status { ready })?;
             self.written = Some(ready);

@@ -9,7 +9,8 @@
 //! What the cell sends before *ready* waits (256 packets) or is dropped; it never leaves unsealed.
 
 use crate::config::read_token;
-use crate::wireguard::{KeyPair, MTU, Out, Session, from_base64, to_base64};
+use crate::sealed::Sealed;
+use crate::wireguard::{KeyPair, MTU, Session, from_base64, to_base64};
 use crate::{device, http, state};
 use anyhow::{Context, ensure};
 use ipnet::Ipv4Net;
@@ -19,8 +20,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tokio::net::UdpSocket;
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior};
-use tun_rs::AsyncDevice;
 use vmatrix_model::NetworkId;
 use vmatrix_model::wire::{PeerGrant, PeerRequest};
 
@@ -28,8 +27,6 @@ use vmatrix_model::wire::{PeerGrant, PeerRequest};
 const RENEW: Duration = Duration::from_secs(5);
 /// How often a place is asked for until there is one.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
-/// How long a handshake may take before another begins: longer than the longest path on earth.
-const SHAKE_AGAIN: Duration = Duration::from_secs(1);
 
 /// What `vmatrix tunnel` is told.
 #[derive(Debug, Clone)]
@@ -82,6 +79,7 @@ impl Origin {
             .json()
             .await
     }
+
     async fn leave(&self) -> Result<(), reqwest::Error> {
         let PeerRequest { network, cell, .. } = &self.request;
         self.client
@@ -163,11 +161,7 @@ async fn carry(
 struct Tunnel<'a> {
     args: &'a TunnelArgs,
     grant: PeerGrant,
-    gateway: IpAddr,
-    session: Session,
-    socket: UdpSocket,
-    device: AsyncDevice,
-    shaken: Instant,
+    sealed: Sealed,
     written: Option<bool>,
 }
 
@@ -190,92 +184,36 @@ impl<'a> Tunnel<'a> {
         let device = device::open(Some(&args.netns), &args.device, address, MTU).await?;
         let session = Session::new(keys, key, 1, None);
         tracing::info!(cell = args.cell, address = %grant.address, gateway = %grant.endpoint, "tunnel has a place");
-        Ok(Tunnel {
-            args,
-            gateway: IpAddr::V4(*grant.endpoint.ip()),
-            session,
-            socket,
-            device,
-            shaken: Instant::now(),
-            written: None,
-            grant,
-        })
+        let sealed = Sealed::new(session, socket, device, IpAddr::V4(*grant.endpoint.ip()));
+        Ok(Tunnel { args, sealed, written: None, grant })
     }
 
     /// Carries packets until the place changes.
     async fn run(mut self, grants: &mut watch::Receiver<Option<PeerGrant>>) -> anyhow::Result<()> {
-        let mut ticks = tokio::time::interval(Duration::from_millis(250));
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut datagram, mut packet) = (vec![0u8; 65_536], vec![0u8; 65_536]);
-        self.shake().await;
+        self.sealed.shake().await;
         loop {
             tokio::select! {
-                // A gateway that is away answers with "port unreachable": timers and leases deal with it.
-                received = self.socket.recv(&mut datagram) => if let Ok(length) = received {
-                    self.arrived(datagram.get(..length).unwrap_or_default()).await?;
-                },
-                received = self.device.recv(&mut packet) => {
-                    let length = received.context("the tunnel device failed")?;
-                    let sealed = packet.get(..length).and_then(|p| self.session.seal(p));
-                    self.send(sealed).await;
-                }
-                _ = ticks.tick() => {
-                    let due = self.session.tick();
-                    self.send(due).await;
-                    let since = self.shaken.elapsed();
-                    if (!self.session.is_ready() && since >= SHAKE_AGAIN) || (self.session.is_aging() && since >= RENEW) {
-                        self.shake().await;
-                    }
-                    self.tell()?;
-                }
+                event = self.sealed.next() => self.sealed.take(event?).await,
                 changed = grants.changed() => {
                     changed.context("nobody asks the origin any more")?;
                     let Some(grant) = grants.borrow_and_update().clone() else { continue };
-                    let same = (grant.address, grant.endpoint, grant.intranet) == (self.grant.address, self.grant.endpoint, self.grant.intranet);
-                    if !same || grant.public_key != self.grant.public_key {
+                    let place = |g: &PeerGrant| (g.address, g.endpoint, g.intranet, g.public_key.clone());
+                    if place(&grant) != place(&self.grant) {
                         return Ok(());
                     }
                     if grant.fresh {
                         tracing::info!(cell = self.args.cell, "the gateway began anew, hands are shaken again");
-                        self.session.begin_anew();
-                        self.shake().await;
+                        self.sealed.begin_anew().await;
                     }
                 }
             }
-        }
-    }
-
-    async fn arrived(&mut self, datagram: &[u8]) -> anyhow::Result<()> {
-        for out in self.session.open(self.gateway, datagram).unwrap_or_default() {
-            match out {
-                Out::Datagram(d) => self.send(Some(d)).await,
-                Out::Packet(p, _) => {
-                    if let Err(e) = self.device.send(&p).await {
-                        tracing::debug!("tunnel device: {e}");
-                    }
-                }
-            }
-        }
-        self.tell()
-    }
-
-    async fn shake(&mut self) {
-        self.shaken = Instant::now();
-        let hello = self.session.shake_hands();
-        self.send(hello).await;
-    }
-
-    async fn send(&self, datagram: Option<Vec<u8>>) {
-        if let Some(datagram) = datagram
-            && let Err(e) = self.socket.send(&datagram).await
-        {
-            tracing::debug!("tunnel socket: {e}");
+            self.tell()?;
         }
     }
 
     /// Writes the status when it changed.
     fn tell(&mut self) -> anyhow::Result<()> {
-        let ready = self.session.is_ready();
+        let ready = self.sealed.is_ready();
         if self.written != Some(ready) {
             state::save(
                 &self.args.status,

@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let services = [("maps".parse()?, service)].into();
     let config = EdgeConfig { generation: Generation(1), network: "lyon".parse()?, services };
-    let table = wanted(&config, Rules { uplink: "wan0".into(), control: Default::default() }).map_err(|p| p.problem)?;
+    let table = wanted(&config, Rules { uplink: "wan0".into(), ..Rules::default() }).map_err(|p| p.problem)?;
     println!("{}", plan(&Filter::default(), &table));
 
     let by_clients = [("10.0.0.0/8".parse()?, vec![Ipv4Addr::new(198, 19, 1, 100)])].into();

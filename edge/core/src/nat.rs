@@ -23,8 +23,9 @@ use ipnet::Ipv4Net;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::Ipv4Addr;
+use vmatrix_model::ServiceId;
 use vmatrix_model::edge_config::{EdgeConfig, Slot};
-use vmatrix_model::{ServiceId, wire::Problem};
+use vmatrix_model::wire::{Problem, RELAY_PORTS};
 
 /// Name of the table; it is the edge's alone.
 pub const TABLE: &str = "vmatrix_edge";
@@ -77,13 +78,18 @@ pub enum Element {
 }
 
 /// What stands in the chains; changes with the configuration file only.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Rules {
     /// The interface clients come in by.
     pub uplink: String,
     /// Who may connect to the control ports by the uplink: the CPA's address, the network's own. The fleet
     /// token is asked for besides.
     pub control: BTreeSet<Ipv4Net>,
+    /// Other networks' machines: they may connect to this network's machines by the uplink, for chunks and singletons
+    /// (mutual TLS) and with relays (sealed).
+    pub peers: BTreeSet<Ipv4Net>,
+    /// Where this network's machines listen for them, TCP.
+    pub transfer_ports: BTreeSet<u16>,
 }
 
 /// The whole table.
@@ -250,7 +256,7 @@ impl Element {
 
 impl fmt::Display for Rules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Rules { uplink, control } = self;
+        let Rules { uplink, control, peers, transfer_ports } = self;
         let ports = CONTROL_PORTS.map(|p| p.to_string()).join(", ");
         // Counting stands in the nat chain, which sees the first packet of a connection only: a
         // repeated SYN is no second request.
@@ -290,15 +296,19 @@ add rule ip {TABLE} input iifname \"{uplink}\" meta l4proto {{ tcp, udp }} th dp
 "
         )?;
         // The bound stands behind the address: strangers cannot use it up.
+        let mut let_in = |from: &Ipv4Net, doors: &str| {
+            let rule = format!("add rule ip {TABLE} input iifname \"{uplink}\" ip saddr {from} {doors}");
+            writeln!(f, "{rule} ct state new ct count over {ASKING_MAX} drop\n{rule} accept")
+        };
         for from in control {
-            writeln!(
-                f,
-                "add rule ip {TABLE} input iifname \"{uplink}\" ip saddr {from} tcp dport {{ {ports} }} ct state new ct count over {ASKING_MAX} drop"
-            )?;
-            writeln!(
-                f,
-                "add rule ip {TABLE} input iifname \"{uplink}\" ip saddr {from} tcp dport {{ {ports} }} accept"
-            )?;
+            let_in(from, &format!("tcp dport {{ {ports} }}"))?;
+        }
+        let transfer: Vec<String> = transfer_ports.iter().map(u16::to_string).collect();
+        for from in peers {
+            let_in(from, &format!("udp dport {}-{}", RELAY_PORTS.start(), RELAY_PORTS.end()))?;
+            if !transfer.is_empty() {
+                let_in(from, &format!("tcp dport {{ {} }}", transfer.join(", ")))?;
+            }
         }
         Ok(())
     }
@@ -332,7 +342,12 @@ mod tests {
     }
 
     fn rules() -> Rules {
-        Rules { uplink: "wan0".into(), control: BTreeSet::from(["198.19.0.1/32".parse().unwrap()]) }
+        Rules {
+            uplink: "wan0".into(),
+            control: BTreeSet::from(["198.19.0.1/32".parse().unwrap()]),
+            peers: BTreeSet::from(["198.19.2.0/24".parse().unwrap()]),
+            transfer_ports: BTreeSet::from([8446]),
+        }
     }
 
     fn shares(slots: &[(u8, u32)]) -> Vec<usize> {
@@ -399,6 +414,15 @@ mod tests {
             lines,
             ["add rule ip vmatrix_edge input iifname \"wan0\" ip saddr 198.19.0.1/32 tcp dport { 8441, 8442 } accept"]
         );
+    }
+
+    #[test]
+    fn machines_answer_other_networks_machines_for_chunks_and_relays_and_nobody_else() {
+        let text = rules().to_string();
+        let accepts = |what: &str| text.lines().filter(|l| l.contains(what) && l.ends_with("accept")).count();
+        assert_eq!((accepts("198.19.2.0/24"), accepts("8446"), accepts("51830-52085")), (2, 1, 1), "{text}");
+        assert!(text.contains("ip saddr 198.19.2.0/24 tcp dport { 8446 } accept"), "{text}");
+        assert!(text.contains("ip saddr 198.19.2.0/24 udp dport 51830-52085 accept"), "{text}");
     }
 
     fn services() -> impl Strategy<Value = Vec<EdgeService>> {

@@ -108,7 +108,11 @@ async fn converse(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, 
     Ok(Answer { status, body })
 }
 
-fn tls_config() -> Result<ClientConfig, rustls::Error> {
+/// TLS as a client of a guest speaks it.
+///
+/// # Errors
+/// The cryptography that is built in has no version of TLS.
+pub fn tls_config() -> Result<ClientConfig, rustls::Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let verifier = Arc::new(AnyCertificate(Arc::clone(&provider)));
     let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;

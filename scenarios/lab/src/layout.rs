@@ -284,6 +284,8 @@ pub fn daemons(fleet: &Fleet, place: &Place, signers: &[String]) -> anyhow::Resu
     let mut agents = serde_json::Map::new();
     for network in &fleet.networks {
         let own = gateway(&SiteId::from(&network.name))?;
+        let others = fleet.networks.iter().filter(|n| n.name != network.name).map(|n| n.prefix.to_string());
+        let ports = (0..network.machines).map(|machine| TRANSFER_PORT + machine as u16);
         agents.insert(network.name.to_string(), json!({ "vma": url(own, VMA_PORT), "edge": url(own, EDGE_PORT) }));
         all.push(spec(
             format!("edge-{}", network.name),
@@ -297,6 +299,8 @@ pub fn daemons(fleet: &Fleet, place: &Place, signers: &[String]) -> anyhow::Resu
                 "cpa": url(origin, CPA_PORT),
                 "zone": fleet.zone,
                 "uplink": UPLINK,
+                "peers": others.collect::<Vec<_>>(),
+                "transfer_ports": ports.collect::<Vec<_>>(),
             }),
         )?);
         all.push(spec(

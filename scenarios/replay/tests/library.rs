@@ -81,6 +81,15 @@ fn a_relocation_outlives_the_deaths_of_the_cpa_a_vm_agent_and_an_edge() {
 }
 
 #[test]
+fn a_singleton_is_moved_by_orders_under_its_users_and_is_in_one_network_at_a_time() {
+    let report = check("moving-ledger");
+    assert_eq!(report.relocations, 3);
+    let woken = |m: &&report::MoveReport| m.action.starts_with("resume");
+    let networks: Vec<&str> = report.moves.iter().filter(woken).map(|m| m.network.as_str()).collect();
+    assert_eq!(networks, ["dublin", "tokyo", "ashburn"]);
+}
+
+#[test]
 fn every_scenario_of_the_library_has_a_golden_timeline() {
     for entry in std::fs::read_dir(library()).unwrap() {
         let path = entry.unwrap().path();

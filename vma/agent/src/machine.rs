@@ -246,8 +246,9 @@ impl Machine {
             Phase::Resuming | Phase::Healthy | Phase::Suspending => Life::Lost,
             Phase::Handed => Life::Handed,
         };
-        let trouble = (missed > 0).then(|| format!("{missed} health checks in a row were not answered"));
-        let trouble = trouble.or_else(|| self.shares_its_secrets(record).filter(|_| alive));
+        let full = record.spec.singleton.and_then(|_| self.lacks_room(&record.spec.instance.service));
+        let missed = (missed > 0).then(|| format!("{missed} health checks in a row were not answered"));
+        let trouble = full.or(missed).or_else(|| self.shares_its_secrets(record).filter(|_| alive));
         CellSeen {
             instance: record.spec.instance.clone(),
             address: record.link.cell,

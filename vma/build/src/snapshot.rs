@@ -115,15 +115,13 @@ pub(crate) mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
     use vmatrix_model::Bytes;
-    use vmatrix_model::manifest::{Chunk, FORMAT, GuestSpec, Health, MachineSpec, Measured, Part};
+    use vmatrix_model::manifest::{Chunk, Part};
     use vmatrix_vma_image::chunks::{self, DATA_CHUNK, DISK_CHUNK};
     use vmatrix_vma_image::inspect;
-    use vmatrix_vma_image::machine::{MACHINE_TYPE, NETDEV, devices};
 
     const PAGES: u32 = (64 << 20) / 4096;
     /// Of the data's file: five chunks, the third of zeros, the last one short.
     const DATA_SIZE: u64 = (4 << 16) + 8192;
-    const MAC: &str = "52:54:00:12:34:56";
 
     pub(crate) struct Image {
         dir: tempfile::TempDir,
@@ -150,32 +148,7 @@ pub(crate) mod tests {
         let cutter = Cutter::new(&store, Some(&key));
         let part = |kind| -> Part { cutter.part(&dir.path().join("device"), kind, DISK_CHUNK).unwrap() };
         let manifest = Manifest {
-            format: FORMAT,
-            name: "tiny".to_owned(),
-            recipe: Digest::of(b"recipe"),
-            parent: None,
-            epoch: 0,
             seal: Some(key.id()),
-            machine: MachineSpec {
-                qemu_version: "10.0.2".to_owned(),
-                machine_type: MACHINE_TYPE.to_owned(),
-                cpu_model: "Nehalem".to_owned(),
-                accelerator: "tcg".to_owned(),
-                smp: 1,
-                memory_mib: 64,
-                devices: devices(MAC, &[PartKind::Disk, PartKind::Data]),
-                netdev: NETDEV.to_owned(),
-                append: "quiet".to_owned(),
-            },
-            guest: GuestSpec {
-                address: [192, 168, 1, 10].into(),
-                gateway: [192, 168, 1, 1].into(),
-                mac: MAC.to_owned(),
-                ports: vec![80],
-                health: Health { port: 80, path: "/".to_owned(), status: 200 },
-                backends: vec![],
-                reseeds: true,
-            },
             memory: memory::cut(&cutter, &dir.path().join("memory"), &[4097, 4096], 60, None).unwrap(),
             device: cutter.blob(b"device state", true).unwrap(),
             parts: [PartKind::Disk, PartKind::Kernel, PartKind::Initrd]
@@ -183,7 +156,7 @@ pub(crate) mod tests {
                 .into_iter()
                 .chain([cutter.part(&dir.path().join("data"), PartKind::Data, DATA_CHUNK).unwrap()])
                 .collect(),
-            measured: Measured { boot_ms: 1, answer_ms: 1 },
+            ..vmatrix_vma_testing::manifest("tiny", 64, &[PartKind::Disk, PartKind::Data])
         };
         let signed = sign::sign(&store, &manifest).unwrap();
         store.put_image("tiny", &signed).unwrap();

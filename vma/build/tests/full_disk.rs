@@ -1,7 +1,6 @@
 //! A build whose disk fills up, at two moments: it says so, and leaves nothing.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should say where")]
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs::{File, read_dir};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -9,28 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use vmatrix_vma_build::build;
 use vmatrix_vma_image::{Error, netns};
-
-/// A store on a small disk of its own, gone with the test.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn new(mib: u32) -> SmallDisk {
-        let dir = tempfile::tempdir().unwrap();
-        let size = format!("size={mib}m,mode=0700");
-        mount(Some("vmatrix-test"), dir.path(), Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))
-            .expect("needs root, to mount a tmpfs");
-        SmallDisk(dir)
-    }
-    fn store(&self) -> PathBuf {
-        self.0.path().join("store")
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = umount2(self.0.path(), MntFlags::MNT_DETACH);
-    }
-}
+use vmatrix_vma_testing::Small;
 
 fn files(folder: &Path, all: &mut Vec<PathBuf>) {
     for entry in read_dir(folder).into_iter().flatten().flatten() {
@@ -75,16 +53,20 @@ fn left_nothing(error: &Error, store: &Path) {
 async fn machine_a_disk_that_fills_before_the_guest_boots_is_named_and_nothing_is_left() {
     // Kernel, initrd, packages, disk: each size is enough for one more of them.
     for mib in [4, 12, 20, 24] {
-        let disk = SmallDisk::new(mib);
-        let error = build_tiny(&disk.store()).await;
-        left_nothing(&error, &disk.store());
+        let dir = tempfile::tempdir().unwrap();
+        let small = Small::new(dir.path().join("small"), &format!("{mib}m,mode=0700"));
+        let store = small.0.join("store");
+        let error = build_tiny(&store).await;
+        left_nothing(&error, &store);
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn machine_a_disk_that_fills_while_chunks_are_put_is_named_and_nothing_is_left() {
-    let disk = SmallDisk::new(512);
-    let (chunks, ballast) = (disk.store().join("chunks"), disk.0.path().join("ballast"));
+    let dir = tempfile::tempdir().unwrap();
+    let small = Small::new(dir.path().join("small"), "512m,mode=0700");
+    let store = small.0.join("store");
+    let (chunks, ballast) = (store.join("chunks"), small.0.join("ballast"));
     let done = AtomicBool::new(false);
     let error = std::thread::scope(|scope| {
         let (done, ballast) = (&done, &ballast);
@@ -99,13 +81,12 @@ async fn machine_a_disk_that_fills_while_chunks_are_put_is_named_and_nothing_is_
                 std::thread::park_timeout(Duration::from_millis(2));
             }
         });
-        let store = disk.store();
         let error = tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(build_tiny(&store)));
         done.store(true, Ordering::Relaxed);
         error
     });
     assert!(ballast.exists(), "the build failed before it put a chunk: {error}");
-    left_nothing(&error, &disk.store());
+    left_nothing(&error, &store);
 }
 
 /// Takes all the room there is.

@@ -3,12 +3,13 @@
 
 mod common;
 
-use common::{Cell, Process, built, resume, stage};
+use common::{built, resume, stage};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use vmatrix_vma_image::{guest, health, netns};
+use vmatrix_vma_testing::{Cell, Process};
 
 /// What a program says inside a cell.
 fn said(cell: &Cell, program: &str, arguments: &[&str]) -> String {

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Cell, get, image, resume, resume_as, stage};
+use common::{image, resume, resume_as, stage};
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::path::Path;
@@ -13,6 +13,7 @@ use vmatrix_model::Digest;
 use vmatrix_model::manifest::PartKind;
 use vmatrix_vma_image::machine::Start;
 use vmatrix_vma_image::{guest, health, netns};
+use vmatrix_vma_testing::{Cell, get};
 
 /// The lines of the book on a disk that nobody has mounted.
 fn book(disk: &Path) -> Vec<String> {
@@ -33,7 +34,7 @@ async fn machine_a_line_that_was_answered_is_on_the_disk_when_the_guest_is_kille
     let to = manifest.guest.address;
     health::ask(&cell.path(), to, &manifest.guest.health, Duration::from_secs(20)).await.unwrap();
     for n in 1..=5 {
-        let answered = get(&cell, to, &format!("/cgi-bin/append?line-{n}"));
+        let answered = get(&cell.path(), to, &format!("/cgi-bin/append?line-{n}"));
         assert_eq!(answered.trim(), (built.len() + n).to_string());
     }
     process.0.kill().unwrap();
@@ -60,9 +61,9 @@ async fn machine_a_clone_of_a_guest_that_writes_leaves_the_images_disk_as_it_is(
         let (_process, agent) = resume(&manifest, &files, &cell, dir.path(), name).await;
         guest::awaken(&agent).await.unwrap();
         health::ask(&cell.path(), to, &manifest.guest.health, Duration::from_secs(20)).await.unwrap();
-        let answered = get(&cell, to, &format!("/cgi-bin/append?{name}"));
+        let answered = get(&cell.path(), to, &format!("/cgi-bin/append?{name}"));
         assert_eq!(answered.trim(), (built.len() + 1).to_string(), "{name} sees another's lines");
-        let seen = get(&cell, to, "/cgi-bin/book");
+        let seen = get(&cell.path(), to, "/cgi-bin/book");
         let length: usize = built.iter().map(|l| l.len() + 1).sum::<usize>() + name.len() + 1;
         assert_eq!(seen.lines().nth(1), Some(length.to_string().as_str()), "{seen}");
         assert_eq!(seen.lines().next().map(str::len), Some(64));

@@ -3,11 +3,12 @@
 
 mod common;
 
-use common::{Cell, Process, get, kept, resume, stage};
+use common::{kept, resume, stage};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use vmatrix_vma_build::build;
 use vmatrix_vma_image::{Store, guest, health, machine, sign};
+use vmatrix_vma_testing::{Cell, Process, get};
 
 /// A guest that breaks out finds itself nobody, for ever, and may not read the image's files.
 fn is_powerless(process: &Process) {
@@ -54,7 +55,7 @@ async fn machine_two_clones_of_one_image_draw_different_numbers_at_the_right_tim
         assert!(apart < 50_000, "the clock of {name} is {apart} µs off");
         let took = health::ask(&cell.path(), address, &manifest.guest.health, Duration::from_secs(20)).await.unwrap();
         eprintln!("{name}: first answer in {took:?}, clock {apart} µs off");
-        let text = get(cell, address, "/cgi-bin/random");
+        let text = get(&cell.path(), address, "/cgi-bin/random");
         let (random, time) = text.trim().split_once('\n').expect("the CGI answers two lines");
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
         assert!(now.abs_diff(time.trim().parse().unwrap()) <= 2, "{name} says {time}, it is {now}");

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Cell, Process, image, resume, stage};
+use common::{image, resume, stage};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -22,6 +22,7 @@ use vmatrix_vma_image::seal::OwnerKey;
 use vmatrix_vma_image::store::copy_image;
 use vmatrix_vma_image::{Store, guest, health, inspect, netns};
 use vmatrix_vma_pager::{Engine, Fetch, Options, preload};
+use vmatrix_vma_testing::{Cell, Process};
 
 const REQUESTS: u32 = 200;
 

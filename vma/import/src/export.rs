@@ -59,6 +59,14 @@ pub fn export(
             "this disk has no boot loader: its image was built from a recipe and boots with its own kernel only",
         ));
     }
+    if manifest.part(PartKind::Base).is_some() {
+        observer(Event::Note(
+            "what the service shares with others is on its base's disk, which stays: this is the layer on it",
+        ));
+    }
+    if manifest.part(PartKind::Data).is_some() {
+        observer(Event::Note("its data disk stays as well"));
+    }
     let mut out =
         OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(to).map_err(io("create", to))?;
     let done = write(&manifest, disk, store, format, to, &mut out, observer).and_then(|()| {

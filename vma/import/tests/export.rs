@@ -6,15 +6,14 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
-use vmatrix_model::Digest;
-use vmatrix_model::manifest::{FORMAT, GuestSpec, Health, MachineSpec, Manifest, Measured, PartKind};
+use vmatrix_model::manifest::{Manifest, PartKind};
 use vmatrix_vma_image::chunks::{Cutter, DISK_CHUNK, table};
-use vmatrix_vma_image::machine::{MACHINE_TYPE, NETDEV, imported_devices};
+use vmatrix_vma_image::machine::imported_devices;
 use vmatrix_vma_image::{Store, memory, sign};
 use vmatrix_vma_import::{Error, Event, Format, export, source};
+use vmatrix_vma_testing::{self as testing, Small};
 
 const SIZE: u64 = 32 << 20;
-const MAC: &str = "52:54:00:12:34:56";
 const FORMATS: [Format; 4] = [Format::Raw, Format::Qcow2, Format::Vmdk, Format::Ova];
 
 /// A store with one image, whose disk has something at both ends.
@@ -39,38 +38,13 @@ impl Image {
         file.write_all_at(&bytes, SIZE - (1 << 20)).unwrap();
         File::create(&ram).unwrap().set_len(64 << 20).unwrap();
         let cutter = Cutter::new(&store, None);
-        let manifest = Manifest {
-            format: FORMAT,
-            name: "shop".to_owned(),
-            recipe: Digest::of(b"shop"),
-            parent: None,
-            epoch: 0,
-            seal: None,
-            machine: MachineSpec {
-                qemu_version: "10.0.2".to_owned(),
-                machine_type: MACHINE_TYPE.to_owned(),
-                cpu_model: "Nehalem".to_owned(),
-                accelerator: "tcg".to_owned(),
-                smp: 1,
-                memory_mib: 64,
-                devices: imported_devices(MAC),
-                netdev: NETDEV.to_owned(),
-                append: String::new(),
-            },
-            guest: GuestSpec {
-                address: [192, 168, 1, 10].into(),
-                gateway: [192, 168, 1, 1].into(),
-                mac: MAC.to_owned(),
-                ports: vec![80],
-                health: Health { port: 80, path: "/".to_owned(), status: 200 },
-                backends: vec![],
-                reseeds: true,
-            },
+        let mut manifest = Manifest {
             memory: memory::cut(&cutter, &ram, &[], 0, None).unwrap(),
             device: cutter.blob(b"device state", false).unwrap(),
             parts: vec![cutter.part(&disk, PartKind::Disk, DISK_CHUNK).unwrap()],
-            measured: Measured { boot_ms: 1, answer_ms: 1 },
+            ..testing::manifest("shop", 64, &[])
         };
+        manifest.machine.devices = imported_devices(testing::MAC);
         store.put_image("shop", &sign::sign(&store, &manifest).unwrap()).unwrap();
         Image { dir, store, disk, manifest }
     }
@@ -160,27 +134,10 @@ fn machine_what_cannot_go_out_whole_leaves_nothing() {
     assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
 }
 
-/// A file system of a few MiB, gone with the test.
-struct Small(PathBuf);
-impl Small {
-    fn new(path: PathBuf) -> Small {
-        fs::create_dir(&path).unwrap();
-        let flags = nix::mount::MsFlags::empty();
-        nix::mount::mount(Some("tmpfs"), &path, Some("tmpfs"), flags, Some("size=1500k"))
-            .expect("needs root to mount a file system of its own");
-        Small(path)
-    }
-}
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = nix::mount::umount(&self.0);
-    }
-}
-
 #[test]
 fn machine_a_disk_that_fills_up_under_an_export_is_told_and_left_empty() {
     let image = Image::new();
-    let small = Small::new(image.dir.path().join("small"));
+    let small = Small::new(image.dir.path().join("small"), "1500k");
     let ballast = small.0.join("ballast");
     fs::write(&ballast, vec![1; 300 << 10]).unwrap();
     for format in FORMATS {

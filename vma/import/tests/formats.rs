@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vmatrix_vma_import::{Disk, Error, Event, Format, digests, source, tar};
+use vmatrix_vma_testing::Small;
 
 /// Bytes of the disk that comes in, most of it holes.
 const SIZE: u64 = 48 << 20;
@@ -211,28 +212,11 @@ fn machine_what_is_cut_short_empty_or_no_file_is_refused_at_once() {
     assert!(matches!(Format::of(Path::new("debian.img")), Err(Error::UnknownFormat { .. })));
 }
 
-/// A file system of a few MiB, gone with the test.
-struct Small(PathBuf);
-impl Small {
-    fn new(path: PathBuf) -> Small {
-        fs::create_dir(&path).unwrap();
-        let mounted =
-            nix::mount::mount(Some("tmpfs"), &path, Some("tmpfs"), nix::mount::MsFlags::empty(), Some("size=1m"));
-        mounted.expect("needs root to mount a file system of its own");
-        Small(path)
-    }
-}
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = nix::mount::umount(&self.0);
-    }
-}
-
 #[test]
 fn machine_a_full_disk_is_told_and_nothing_is_left_on_it() {
     let dir = tempfile::tempdir().unwrap();
     let raw = disk(dir.path());
-    let small = Small::new(dir.path().join("small"));
+    let small = Small::new(dir.path().join("small"), "1m");
     for path in [raw.clone(), converted(&raw, "a.qcow2", &["-O", "qcow2"])] {
         let format = Format::of(&path).unwrap();
         let error = source::raw(&path, format, &small.0.join("disk"), &silent).unwrap_err();

@@ -7,11 +7,9 @@
 mod cloud;
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vmatrix_model::Digest;
@@ -21,47 +19,7 @@ use vmatrix_vma_image::machine::{self as qemu, Files, Run, Start};
 use vmatrix_vma_image::qmp::Qmp;
 use vmatrix_vma_image::{Store, guest, health, inspect, memory, netns, sign};
 use vmatrix_vma_import::{Event, Format, Options, export, import, source};
-
-/// A namespace with a bridge, gone with the test.
-struct Cell(String);
-impl Cell {
-    fn new(name: &str, gateway: Ipv4Addr) -> Cell {
-        let name = format!("vmx-test-{}-{name}", std::process::id());
-        netns::ip_batch(None, &[format!("netns add {name}")]).expect("needs root and iproute2");
-        let cell = Cell(name);
-        let lines = [
-            format!("link add br0 address {} type bridge", qemu::BRIDGE_MAC),
-            format!("address add {gateway}/24 dev br0"),
-            "link set br0 up".into(),
-        ];
-        netns::ip_batch(Some(&cell.0), &lines).unwrap();
-        cell
-    }
-    fn get(&self, address: Ipv4Addr, path: &str) -> String {
-        netns::enter(&netns::path(&self.0), || {
-            let mut stream = TcpStream::connect((address, 80)).unwrap();
-            stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-            stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).unwrap();
-            let mut text = String::new();
-            stream.read_to_string(&mut text).unwrap();
-            text.rsplit("\r\n\r\n").next().unwrap().trim().to_owned()
-        })
-        .unwrap()
-    }
-}
-impl Drop for Cell {
-    fn drop(&mut self) {
-        let _ = netns::ip_batch(None, &[format!("netns del {}", self.0)]);
-    }
-}
-
-struct Process(Child);
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
+use vmatrix_vma_testing::{Cell, Process, get};
 
 /// Says what happens, as a command line would.
 fn observer() -> (Arc<Mutex<Vec<String>>>, Arc<vmatrix_vma_import::Observer>) {
@@ -178,13 +136,13 @@ async fn machine_a_cloud_image_sleeps_wakes_twice_and_goes_out_again() {
         let apart = awake.host_unix_us.abs_diff(awake.clock_unix_us);
         assert!(apart < 50_000, "the clock of {name} is {apart} µs off");
         health::ask(&netns::path(&cell.0), address, &manifest.guest.health, Duration::from_secs(20)).await.unwrap();
-        let text = cell.get(address, "/cgi-bin/random");
+        let text = get(&cell.path(), address, "/cgi-bin/random");
         let (random, time) = text.split_once('\n').expect("the CGI answers two lines");
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
         assert!(now.abs_diff(time.trim().parse().unwrap()) <= 2, "{name} says {time}, it is {now}");
-        assert_eq!(cell.get(address, "/owner"), "the owner was here");
+        assert_eq!(get(&cell.path(), address, "/owner"), "the owner was here");
         // To its root disk, which each has to itself and nobody keeps.
-        assert_eq!(cell.get(address, &format!("/cgi-bin/write?{name}")), name);
+        assert_eq!(get(&cell.path(), address, &format!("/cgi-bin/write?{name}")), name);
         seen.push((random.to_owned(), process));
     }
     assert_ne!(seen[0].0, seen[1].0, "two clones drew the same random bytes");
@@ -233,8 +191,8 @@ async fn machine_a_disk_without_cloud_init_gets_its_address_by_dhcp_and_is_flagg
     // No DHCP here: the address must be the guest's own for ever.
     let cell = Cell::new("small", manifest.guest.gateway);
     let (process, _) = resume(&manifest, &files, None, &cell, dir.path(), "small").await;
-    assert_eq!(cell.get(manifest.guest.address, "/"), "hello from a small disk");
-    assert_eq!(cell.get(manifest.guest.address, "/cgi-bin/write?mine"), "mine");
+    assert_eq!(get(&cell.path(), manifest.guest.address, "/"), "hello from a small disk");
+    assert_eq!(get(&cell.path(), manifest.guest.address, "/cgi-bin/write?mine"), "mine");
     drop(process);
     assert_eq!(Digest::of(&fs::read(&files.disk).unwrap()), before, "a clone wrote to the image's disk");
     let left: Vec<_> = fs::read_dir(&path).unwrap().map(|e| e.unwrap().file_name()).collect();

@@ -9,14 +9,12 @@ use common::place::Place;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use vmatrix_model::Digest;
-use vmatrix_model::manifest::{FORMAT, GuestSpec, Health, MachineSpec, Manifest, Measured, PartKind};
+use vmatrix_model::manifest::{Manifest, PartKind};
 use vmatrix_vma_build::snapshot::{Child, Data, snapshot};
 use vmatrix_vma_image::chunks::{Cutter, DATA_CHUNK, DISK_CHUNK};
-use vmatrix_vma_image::machine::{MACHINE_TYPE, NETDEV, devices};
 use vmatrix_vma_image::{Store, memory, sign};
+use vmatrix_vma_testing as testing;
 
-const MAC: &str = "52:54:00:12:34:56";
 const MEMORY_MIB: u64 = 16;
 
 /// Not a test of its own: the pager's process.
@@ -56,38 +54,8 @@ impl World {
         whole.write_all_at(&[7; 40_000], 1 << 20).unwrap();
         let memory = memory::cut(&cutter, &world.path("plain.memory"), &[256, 257], 1, None).unwrap();
         let device = cutter.blob(b"device state", false).unwrap();
-        world.put(&Manifest {
-            format: FORMAT,
-            name: "ledger".to_owned(),
-            recipe: Digest::of(b"recipe"),
-            parent: None,
-            epoch: 0,
-            seal: None,
-            machine: MachineSpec {
-                qemu_version: "10.0.2".to_owned(),
-                machine_type: MACHINE_TYPE.to_owned(),
-                cpu_model: "Nehalem".to_owned(),
-                accelerator: "tcg".to_owned(),
-                smp: 1,
-                memory_mib: MEMORY_MIB,
-                devices: devices(MAC, &[PartKind::Disk, PartKind::Base, PartKind::Data]),
-                netdev: NETDEV.to_owned(),
-                append: String::new(),
-            },
-            guest: GuestSpec {
-                address: [192, 168, 1, 10].into(),
-                gateway: [192, 168, 1, 1].into(),
-                mac: MAC.to_owned(),
-                ports: vec![80],
-                health: Health { port: 80, path: "/".to_owned(), status: 200 },
-                backends: vec![],
-                reseeds: true,
-            },
-            memory,
-            device,
-            parts,
-            measured: Measured { boot_ms: 1, answer_ms: 1 },
-        });
+        let kinds = [PartKind::Disk, PartKind::Base, PartKind::Data];
+        world.put(&Manifest { memory, device, parts, ..testing::manifest("ledger", MEMORY_MIB, &kinds) });
         world
     }
 

@@ -3,12 +3,9 @@
 
 mod common;
 
+use common::dir;
 use common::place::Place;
-use common::{Cell, Process, dir};
-use nix::mount::MsFlags;
 use std::collections::BTreeSet;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,6 +17,7 @@ use vmatrix_vma_image::machine::{self, Run, Start};
 use vmatrix_vma_image::qmp::Qmp;
 use vmatrix_vma_image::{Store, guest, health, inspect, memory, netns, sign, store};
 use vmatrix_vma_pager::{Control, preload};
+use vmatrix_vma_testing::{Cell, Process, Small, get};
 
 /// Not a test of its own: the pager's process.
 #[test]
@@ -97,18 +95,6 @@ async fn resume(place: &Place, cell: &Cell, manifest: &Manifest, control: &mut C
     qmp.load_state(&place.path("device")).await.unwrap();
     qmp.cont().await.unwrap();
     Running { process, qmp, agent: run.guest_agent }
-}
-
-fn get(netns: &Path, address: Ipv4Addr, path: &str) -> String {
-    netns::enter(netns, || {
-        let mut stream = TcpStream::connect((address, 80)).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(40))).unwrap();
-        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        text.rsplit("\r\n\r\n").next().unwrap().trim().to_owned()
-    })
-    .unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -189,23 +175,6 @@ fn new_chunks(parent: &Manifest, child: &Manifest, store: &Store) -> u64 {
     table(child).difference(&table(parent)).map(|(_, stored)| stored).sum()
 }
 
-/// A small tmpfs over a folder, gone with the test.
-struct Small(PathBuf);
-
-impl Small {
-    fn size(&self, flags: MsFlags, size: &str) {
-        let options = format!("size={size}");
-        nix::mount::mount(Some("tmpfs"), &self.0, Some("tmpfs"), flags, Some(options.as_str()))
-            .expect("needs root to mount");
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn machine_a_guest_for_whose_writes_there_is_no_room_stands_still_and_has_lost_nothing_when_there_is() {
     let dir = dir();
@@ -214,8 +183,7 @@ async fn machine_a_guest_for_whose_writes_there_is_no_room_stands_still_and_has_
     let manifest = inspect::inspect(store.dir(), "ledger", &[]).unwrap().manifest;
     let (cell, to) = (Cell::new("full", manifest.guest.gateway), manifest.guest.address);
     let place = Place::new(dir.path(), "at", &store, "ledger", true);
-    let small = Small(place.disks().dir);
-    small.size(MsFlags::empty(), "1m");
+    let small = Small::new(place.disks().dir, "1m");
     let (_pager, mut control) = place.pager().await;
     let mut running = resume(&place, &cell, &manifest, &mut control).await;
     guest::awaken(&running.agent).await.unwrap();
@@ -239,7 +207,7 @@ async fn machine_a_guest_for_whose_writes_there_is_no_room_stands_still_and_has_
     let status = running.qmp.execute("query-status", serde_json::json!({})).await.unwrap();
     assert_eq!(status["status"], "io-error", "the guest goes on with a disk that takes nothing");
     assert_eq!(control.status().await.unwrap().stuck, None, "it would be ended, and what it wrote be lost");
-    small.size(MsFlags::MS_REMOUNT, "64m");
+    small.resize("64m");
     running.qmp.cont().await.unwrap();
     let (first, later) = writes.await.unwrap();
     assert_eq!(later, (first + 1..first + 80).collect::<Vec<u32>>(), "a line was lost");

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Guest, Process, at_once, dir, map, source};
+use common::{Guest, at_once, dir, map, source};
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 use vmatrix_vma_pager::{Engine, Hydrate, Options};
+use vmatrix_vma_testing::Process;
 
 const PAGES: u32 = 8192;
 

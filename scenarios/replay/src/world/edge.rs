@@ -77,8 +77,7 @@ impl Edge {
     /// Installs a config, unless a newer one is in force or it cannot be: then the one in force stays.
     pub fn configure(&mut self, config: EdgeConfig) -> EdgeSeen {
         let newer = self.config.as_ref().is_none_or(|old| old.generation <= config.generation);
-        if newer && let Ok(wanted) = nat::wanted(&config, Rules { uplink: "wan0".into(), control: Default::default() })
-        {
+        if newer && let Ok(wanted) = nat::wanted(&config, Rules { uplink: "wan0".into(), ..Rules::default() }) {
             let change = nat::plan(&self.table, &wanted);
             self.table = nat::apply(&self.table, &change);
             self.config = Some(config);

@@ -14,12 +14,14 @@ use super::memory::Folder;
 use super::pager::{ANSWER_LIMIT, LOOK_SOON, Pager, RETURN_LIMIT};
 use super::process;
 use super::record::Phase;
+use super::spawn::Sockets;
 use anyhow::{Context, bail};
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
-use vmatrix_model::Bytes;
+use vmatrix_model::{Bytes, ServiceId};
 use vmatrix_vma_core::steps::Fault;
+use vmatrix_vma_image::qmp::Qmp;
 use vmatrix_vma_pager::Control;
 
 /// Looks at a pager while a guest of its wakes.
@@ -35,6 +37,8 @@ const LOOK_IDLE: Duration = Duration::from_millis(500);
 const AGAIN: Duration = Duration::from_millis(200);
 /// Without a guest for so long a pager ends.
 const IDLE_FOR: Duration = Duration::from_secs(3);
+/// A guest that stands still because its disk's file has no room writes again so often.
+const WRITE_AGAIN: Duration = Duration::from_secs(5);
 /// A pager ends in milliseconds when asked.
 const QUIT_GRACE: Duration = Duration::from_secs(2);
 
@@ -106,7 +110,7 @@ impl Machine {
                 Err(e) => return Err(e).with_context(|| format!("it does not take over guest {}", guest.pid)),
             }
         }
-        let (mut idle_since, mut paused, mut woke, mut stuck) = (None, None, None, false);
+        let (mut idle_since, mut paused, mut woke, mut stuck, mut full) = (None, None, None, false, None);
         loop {
             let name = &pager.known.manifest.name;
             let (rests, waking) = match &pager.one {
@@ -141,6 +145,21 @@ impl Machine {
                 tracing::warn!(image = name, problem = why, "a singleton stands still until its memory comes");
             }
             stuck = status.stuck.is_some();
+            match (&status.full, full) {
+                (Some(why), None) => {
+                    tracing::warn!(image = name, problem = why, "a singleton stands still until there is room");
+                    full = Some(Instant::now());
+                }
+                (Some(_), Some(tried)) if tried.elapsed() > WRITE_AGAIN => {
+                    self.write_again(pager).await;
+                    full = Some(Instant::now());
+                }
+                (None, Some(_)) => {
+                    tracing::info!(image = name, "there is room again");
+                    full = None;
+                }
+                _ => {}
+            }
             let pause = match (status.critical, status.hydrated) {
                 (false, _) => LOOK_SOON,
                 _ if waking => LOOK_WAKING,
@@ -155,6 +174,35 @@ impl Machine {
             }
             tokio::time::sleep(pause).await;
         }
+    }
+
+    /// Has a guest go on that QEMU stopped because its disk took no more: what it could not write it writes again, and
+    /// is stopped again if there is still no room.
+    async fn write_again(&self, pager: &Pager) {
+        let Some(one) = &pager.one else { return };
+        let Some(record) = self.cell_of(&one.service) else { return };
+        // While it is handed over it is stopped for another reason.
+        let Ok(_turn) = self.tenures.turn(&one.service).try_lock_owned() else { return };
+        let goes_on = async {
+            let mut monitor = Qmp::connect(&Sockets::within(self.records.folder(&record.spec.instance)).qmp()).await?;
+            let said = monitor.execute("query-status", serde_json::json!({})).await?;
+            if said.get("status").and_then(|s| s.as_str()) == Some("io-error") {
+                monitor.cont().await?;
+            }
+            anyhow::Ok(())
+        };
+        let said = tokio::time::timeout(ANSWER_LIMIT, goes_on).await;
+        if let Err(e) = said.map_err(anyhow::Error::from).and_then(|done| done) {
+            tracing::debug!(service = %one.service, error = format!("{e:#}"), "its QEMU is not told to go on");
+        }
+    }
+
+    /// Why the guest of a singleton cannot write its disk, if it cannot.
+    pub(super) fn lacks_room(&self, service: &ServiceId) -> Option<String> {
+        let folder = self.memory.of_singleton(service).dir;
+        let pager = self.pagers.lock().unwrap_or_else(PoisonError::into_inner).get(&folder).cloned()?;
+        let view = pager.view.borrow();
+        view.status.as_ref()?.full.clone()
     }
 
     /// Whether a cell is made from its image, or soon may be.

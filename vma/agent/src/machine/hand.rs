@@ -15,7 +15,7 @@
 
 use super::image::Known;
 use super::record::{Phase, Record};
-use super::relay::Offer;
+use super::relay::{Offer, Way};
 use super::singleton::{Held, SOURCES_MAX, Snapshot, Taker, Took, find};
 use super::{Machine, process};
 use anyhow::{Context, bail};
@@ -136,11 +136,18 @@ impl Machine {
     }
 
     async fn meet(self: &Arc<Self>, to: &str, service: &ServiceId, asker: &Taker) -> anyhow::Result<Answer> {
-        let (held, _turn) = match self.held_for(to, service).await? {
+        let (held, turn) = match self.held_for(to, service).await? {
             Ok(here) => here,
             Err(answer) => return Ok(answer),
         };
-        Ok(Answer::Meets { state: State::of(&held), relay: self.relay_to(service, asker).await })
+        let relay = self.relay_to(service, asker).await;
+        // It comes up while the answer is on its way; whoever asks to have the guest next waits for its turn.
+        let (machine, met) = (self.clone(), service.clone());
+        tokio::spawn(async move {
+            let _turn = turn;
+            machine.relay_up(&met).await;
+        });
+        Ok(Answer::Meets { state: State::of(&held), relay })
     }
 
     async fn hand(self: &Arc<Self>, to: &str, service: &ServiceId, asker: &Taker) -> anyhow::Result<Answer> {
@@ -149,6 +156,7 @@ impl Machine {
             Err(answer) => return Ok(answer),
         };
         let relay = self.relay_to(service, asker).await;
+        self.relay_up(service).await;
         let took = match held.tenure.ask(to) {
             Ok(Asked::Save) => {
                 held.taker = Some(asker.clone());
@@ -268,13 +276,21 @@ impl Machine {
     /// This machine's end of a relay to the asker; without one the guest moves all the same.
     async fn relay_to(&self, service: &ServiceId, asker: &Taker) -> Option<Offer> {
         let (record, peer) = (self.cell_of(service)?, asker.relay.as_ref()?);
-        let built = self.images.known(&record.spec.image)?;
-        match self.relay_out(&record, &built.manifest.guest, asker.serving, peer).await {
+        match self.relay_out(&record, asker.serving, peer).await {
             Ok(own) => own,
             Err(e) => {
                 tracing::warn!(%service, error = format!("{e:#}"), "no relay: connections to it end");
                 None
             }
+        }
+    }
+
+    /// Has the relays of a singleton's cell run.
+    async fn relay_up(&self, service: &ServiceId) {
+        let Some(record) = self.cell_of(service) else { return };
+        let Some(built) = self.images.known(&record.spec.image) else { return };
+        if let Err(e) = self.relays_up(&record, &built.manifest.guest).await {
+            tracing::warn!(%service, error = format!("{e:#}"), "a relay does not run: connections to it end");
         }
     }
 
@@ -324,13 +340,14 @@ impl Machine {
             Answer::Elsewhere { at } => return Ok(Got::Elsewhere(at)),
             Answer::Meets { state, relay } => {
                 let held = self.held_by(at, &state, Tenure::first(), before.as_ref());
-                self.bring_before(service, &held, before.as_ref(), built).await?;
-                if let (Some((way, _)), Some(relay)) = (&end, &relay) {
-                    self.relay_meets(record, *way, relay).await?;
-                    if !self.relay_shaken(record, *way, SHAKE_LIMIT).await {
-                        tracing::warn!(%service, from = %at, "the relay is not up; connections to it may end");
+                let meets = async {
+                    match (&end, &relay) {
+                        (Some((way, _)), Some(relay)) => self.relay_meets(record, *way, relay).await,
+                        _ => Ok(()),
                     }
-                }
+                };
+                // What is sent before both ends have shaken hands waits in the one that sends it.
+                tokio::try_join!(self.bring_before(service, &held, before.as_ref(), built), meets)?;
                 state.snapshot
             }
             Answer::Handed { .. } => bail!("it answers what it was not asked"),
@@ -364,6 +381,7 @@ impl Machine {
         self.tenures.write(service, &held)?;
         if let (Some(way), Some(relay)) = (way, &relay) {
             self.relay_meets(record, way, relay).await?;
+            self.mind_relay(record, way, at);
         }
         tracing::info!(
             %service,
@@ -378,6 +396,16 @@ impl Machine {
             "taken"
         );
         Ok(Got::Taken(Box::new(Taken { held, tap })))
+    }
+
+    /// Says so if the relay to where the guest was does not come up.
+    fn mind_relay(self: &Arc<Self>, record: &Record, way: Way, at: SocketAddr) {
+        let (machine, record) = (self.clone(), record.clone());
+        tokio::spawn(async move {
+            if !machine.relay_shaken(&record, way, SHAKE_LIMIT).await {
+                tracing::warn!(instance = %record.spec.instance, from = %at, "no relay: connections to it end");
+            }
+        });
     }
 
     /// What is to be written down of a singleton that the machine at `at` had.
@@ -422,12 +450,14 @@ impl Machine {
 
     /// Asks a machine until it answers.
     async fn ask(&self, at: SocketAddr, question: &Question) -> anyhow::Result<Answer> {
+        let mut silent = false;
         loop {
             match self.peer(at)?.ask(question, ANSWER_LIMIT).await {
                 Ok(answer) => return Ok(answer),
                 Err(TransferError::Source { fault: Fault::Refused(why), .. }) => bail!("{why}"),
                 // Heard or not: it answers the same when it is asked again. The resume has a limit of its own.
-                Err(e) => tracing::debug!(%at, error = %e, "asking again"),
+                Err(e) if std::mem::replace(&mut silent, true) => tracing::debug!(%at, error = %e, "asking again"),
+                Err(e) => tracing::warn!(%at, error = %e, "a machine does not answer; it is asked again and again"),
             }
             tokio::time::sleep(AGAIN).await;
         }

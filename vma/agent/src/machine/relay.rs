@@ -21,15 +21,13 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use vmatrix_model::manifest::GuestSpec;
+use vmatrix_model::wire::RELAY_PORTS;
 use vmatrix_vma_core::cell::{
     BRIDGE, RELAY_IN, RELAY_OUT, RELAYS_MAX, Relays, relay_in_ends, relay_route_rule, relay_routes, relay_rules,
 };
 use vmatrix_vma_image::netns;
 use x25519_dalek::{PublicKey, StaticSecret};
 
-/// Where relays' datagrams arrive: the first port of a machine's transfer address, and how many.
-const PORT_FIRST: u16 = 51_830;
-const PORTS: u16 = 256;
 /// A relay makes its device in some milliseconds, a second on a busy machine.
 const DEVICE_LIMIT: Duration = Duration::from_secs(5);
 /// A relay gives its socket back when asked.
@@ -160,29 +158,24 @@ impl Machine {
         Ok(Some((Way::In(n), own)))
     }
 
-    /// This machine's end for a guest that is to go to `with`, which has `peer` there.
+    /// This machine's end for a guest that is to go to `with`, which has `peer` there. It is written down; it runs
+    /// after [`Machine::relays_up`].
     ///
     /// # Errors
-    /// As [`Machine::relay_in`], or the relay does not start.
+    /// As [`Machine::relay_in`].
     pub(super) async fn relay_out(
         &self,
         record: &Record,
-        guest: &GuestSpec,
         with: SocketAddr,
         peer: &Offer,
     ) -> anyhow::Result<Option<Offer>> {
         let mut ends = self.relays(record)?;
         if let Some(end) = ends.out.as_ref().filter(|end| end.with == with && end.peer.as_ref() == Some(peer)) {
-            let own = end.own.clone();
-            self.start_relay(record, Way::Out, end).await?;
-            return Ok(Some(own));
+            return Ok(Some(end.own.clone()));
         }
         let Some(own) = self.new_end(record, Way::Out).await? else { return Ok(None) };
-        let end = End { with, own: own.clone(), peer: Some(peer.clone()), used: false };
-        ends.out = Some(end.clone());
+        ends.out = Some(End { with, own: own.clone(), peer: Some(peer.clone()), used: false });
         self.write_relays(record, &ends)?;
-        self.start_relay(record, Way::Out, &end).await?;
-        self.relay_ways(record, guest, &ends)?;
         Ok(Some(own))
     }
 
@@ -339,9 +332,9 @@ impl Machine {
             taken.extend(others.map(|(_, end)| end.own.at.port()).collect::<Vec<u16>>());
         }
         let free = |port: &u16| !taken.contains(port) && UdpSocket::bind((*serving.ip(), *port)).is_ok();
-        let port = (PORT_FIRST..PORT_FIRST + PORTS).find(free);
+        let port = RELAY_PORTS.clone().find(free);
         let port = port.with_context(|| {
-            format!("UDP ports {PORT_FIRST} to {} of {} are all taken", PORT_FIRST + PORTS - 1, serving.ip())
+            format!("UDP ports {} to {} of {} are all taken", RELAY_PORTS.start(), RELAY_PORTS.end(), serving.ip())
         })?;
         let mut secret = [0; 32];
         getrandom::fill(&mut secret).map_err(|e| anyhow::anyhow!("this machine has no random bytes: {e}"))?;

@@ -9,10 +9,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
-use vmatrix_model::manifest::{
-    FORMAT, GuestSpec, Health, MachineSpec, Manifest, Measured, PartKind, SignedManifest, WorkingSet,
-};
-use vmatrix_model::{Bytes, Digest, InstanceId};
+use vmatrix_model::manifest::{Manifest, Measured, PartKind, SignedManifest, WorkingSet};
+use vmatrix_model::{Bytes, InstanceId};
 use vmatrix_vma_core::cell::{BRIDGE, TAP, open};
 use vmatrix_vma_core::steps::{CellSpec, Life, Step};
 use vmatrix_vma_image::chunks::Cutter;
@@ -178,39 +176,18 @@ fn offered(store: &Store, host: &Host, answer_ms: u64) -> SignedManifest {
     assert_eq!(guest.working_set, WorkingSet::default());
     zeros.as_file().set_len(1 << 20).unwrap();
     let mut m = Manifest {
-        format: FORMAT,
-        name: "tiny".into(),
-        recipe: Digest::of(b"tiny"),
-        parent: None,
-        epoch: 0,
-        seal: None,
-        machine: MachineSpec {
-            qemu_version: "10.0.2".into(),
-            machine_type: "pc-q35-10.0".into(),
-            cpu_model: "Nehalem".into(),
-            accelerator: "tcg".into(),
-            smp: 1,
-            memory_mib: 16,
-            devices: vec![],
-            netdev: "tap".into(),
-            append: String::new(),
-        },
-        guest: GuestSpec {
-            address: GUEST,
-            gateway: [192, 168, 1, 1].into(),
-            mac: MAC.into(),
-            ports: vec![DECLARED],
-            health: Health { port: DECLARED, path: "/".into(), status: 200 },
-            backends: vec![],
-            reseeds: true,
-        },
         memory: guest,
         device: cutter.blob(b"device state", true).unwrap(),
         parts: [PartKind::Disk, PartKind::Kernel, PartKind::Initrd]
             .map(|kind| cutter.part(zeros.path(), kind, Bytes(1 << 20)).unwrap())
             .to_vec(),
         measured: Measured { boot_ms: 1, answer_ms },
+        ..vmatrix_vma_testing::manifest("tiny", 16, &[])
     };
+    m.machine.append = String::new();
+    m.guest.mac = MAC.into();
+    m.guest.ports = vec![DECLARED];
+    m.guest.health.port = DECLARED;
     // Once for each thing that can differ.
     for _ in 0..6 {
         let Err(bad) = check_host(&m, host) else { break };

@@ -38,9 +38,9 @@ const STARVED_LIMIT: Duration = Duration::from_secs(8);
 /// and what it needs first may take half a minute to come. The VM agent waits a little longer.
 pub const RESUME_LIMIT: Duration = Duration::from_secs(70);
 /// Between health checks of a guest that is waking.
-pub const HEALTH_EVERY: Duration = Duration::from_millis(20);
+const HEALTH_EVERY: Duration = Duration::from_millis(20);
 /// One health check of a guest that is waking.
-pub const HEALTH_LIMIT: Duration = Duration::from_secs(3);
+const HEALTH_LIMIT: Duration = Duration::from_secs(3);
 /// QEMU ends in milliseconds when asked; after so long it is made to.
 const QUIT_GRACE: Duration = Duration::from_secs(3);
 /// What a guest's clock may be from this machine's before it gets traffic.
@@ -130,15 +130,7 @@ impl Machine {
             self.awaken(instance, &sockets).await?;
         }
         let awake = began.elapsed();
-        let inside = netns::path(&self.namespace(instance));
-        let guest = &known.manifest.guest;
-        while let Err(e) = health::ask(&inside, guest.address, &guest.health, HEALTH_LIMIT).await {
-            if !process::is_alive(&vm) {
-                bail!("QEMU of {instance} ended while the guest woke: {}", spawn::words(&sockets));
-            }
-            tracing::debug!(%instance, problem = %e, "not healthy yet");
-            tokio::time::sleep(HEALTH_EVERY).await;
-        }
+        self.until_healthy(instance, known, &vm, &sockets).await?;
         tracing::info!(
             %instance,
             spawned_ms = spawned.as_millis(),
@@ -149,6 +141,29 @@ impl Machine {
             healthy_ms = began.elapsed().as_millis(),
             "woken"
         );
+        Ok(())
+    }
+
+    /// Waits for the first right answer of a guest that was resumed.
+    ///
+    /// # Errors
+    /// Its QEMU ended.
+    pub(super) async fn until_healthy(
+        &self,
+        instance: &InstanceId,
+        known: &Known,
+        vm: &Process,
+        sockets: &Sockets,
+    ) -> anyhow::Result<()> {
+        let inside = netns::path(&self.namespace(instance));
+        let guest = &known.manifest.guest;
+        while let Err(e) = health::ask(&inside, guest.address, &guest.health, HEALTH_LIMIT).await {
+            if !process::is_alive(vm) {
+                bail!("QEMU of {instance} ended while the guest woke: {}", spawn::words(sockets));
+            }
+            tracing::debug!(%instance, problem = %e, "not healthy yet");
+            tokio::time::sleep(HEALTH_EVERY).await;
+        }
         Ok(())
     }
 

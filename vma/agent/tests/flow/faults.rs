@@ -1,8 +1,9 @@
 //! What can go wrong between a machine and its images: none hangs, none resumes wrong memory, each says what happened.
 
-use crate::network::{MINUTE, Network, Small, ask, assignment, kill, tiny};
+use crate::network::{MINUTE, Network, ask, assignment, kill, tiny};
 use std::time::{Duration, Instant};
 use vmatrix_vma_image::netns;
+use vmatrix_vma_testing::Small;
 
 /// Wants an instance and answers the reason why it is refused.
 fn refusal(network: &Network) -> String {
@@ -38,7 +39,7 @@ fn machine_an_image_nobody_here_trusts_is_refused_by_signer() {
 #[test]
 fn machine_a_full_disk_while_staging_is_said_and_nothing_runs() {
     let network = Network::new("d");
-    let _small = Small::new(&network.dir.path().join("m"), "1m");
+    let _small = Small::new(network.dir.path().join("m"), "1m");
     let said = refusal(&network);
     assert!(said.contains("no space left"), "{said}");
 }

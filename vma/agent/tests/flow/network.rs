@@ -341,22 +341,3 @@ fn get_page(address: Ipv4Addr, port: u16) -> Option<String> {
 pub fn kill(pid: i32) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
 }
-
-/// A file system that is gone with the test.
-pub struct Small(PathBuf);
-
-impl Small {
-    pub fn new(at: &Path, size: &str) -> Small {
-        std::fs::create_dir_all(at).unwrap();
-        let options = format!("size={size}");
-        let none = nix::mount::MsFlags::empty();
-        nix::mount::mount(Some("none"), at, Some("tmpfs"), none, Some(options.as_str())).expect("this test needs root");
-        Small(at.to_owned())
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
-    }
-}

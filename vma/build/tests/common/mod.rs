@@ -2,18 +2,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on should say where")]
 #![allow(dead_code, reason = "each test uses what it needs")]
 
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::Child;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use vmatrix_model::manifest::{Manifest, PartKind};
 use vmatrix_vma_build::build;
 use vmatrix_vma_image::chunks::{self, Need};
 use vmatrix_vma_image::machine::{self, Files, Run, Start};
 use vmatrix_vma_image::qmp::Qmp;
 use vmatrix_vma_image::{Store, inspect, memory, netns};
+use vmatrix_vma_testing::{Cell, Process};
 
 /// Where built images are kept from one run of the tests to the next.
 pub fn kept() -> PathBuf {
@@ -29,40 +27,6 @@ pub async fn built(recipe: &str) -> (Store, Manifest) {
     (Store::read(kept()).unwrap(), manifest)
 }
 
-/// A namespace with a bridge, gone with the test.
-pub struct Cell(pub String);
-
-impl Cell {
-    pub fn new(name: &str, gateway: Ipv4Addr) -> Cell {
-        let name = format!("vmx-test-{}-{name}", std::process::id());
-        netns::ip_batch(None, &[format!("netns add {name}")]).expect("needs root and iproute2");
-        let cell = Cell(name);
-        let lines = [
-            format!("link add br0 address {} type bridge", machine::BRIDGE_MAC),
-            format!("address add {gateway}/24 dev br0"),
-            "link set br0 up".into(),
-        ];
-        netns::ip_batch(Some(&cell.0), &lines).unwrap();
-        cell
-    }
-    pub fn path(&self) -> PathBuf {
-        netns::path(&self.0)
-    }
-}
-impl Drop for Cell {
-    fn drop(&mut self) {
-        let _ = netns::ip_batch(None, &[format!("netns del {}", self.0)]);
-    }
-}
-
-pub struct Process(pub Child);
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// An image that was built beforehand (`make images`), or is built now.
 pub async fn image(name: &str) -> (Store, Manifest) {
     if let Some(store) = std::env::var_os("VMATRIX_STORE").map(PathBuf::from)
@@ -71,18 +35,6 @@ pub async fn image(name: &str) -> (Store, Manifest) {
         return (Store::read(store).unwrap(), seen.manifest);
     }
     built(&format!("../../scenarios/guests/{name}.toml")).await
-}
-
-pub fn get(cell: &Cell, address: Ipv4Addr, path: &str) -> String {
-    netns::enter(&cell.path(), || {
-        let mut stream = TcpStream::connect((address, 80)).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        text.rsplit("\r\n\r\n").next().unwrap().to_owned()
-    })
-    .unwrap()
 }
 
 pub fn stage(manifest: &Manifest, store: &Store, dir: &Path) -> Files {

@@ -1,11 +1,9 @@
 use super::*;
-use vmatrix_model::manifest::{Blob, FORMAT, GuestSpec, Health, Measured, Memory, Part, PartKind, WorkingSet};
-use vmatrix_model::{Bytes, Digest};
-
-const MAC: &str = "52:54:00:12:34:56";
+use vmatrix_model::Bytes;
+use vmatrix_model::manifest::{Part, PartKind};
+use vmatrix_vma_testing::{MAC, blob};
 
 pub(crate) fn manifest() -> Manifest {
-    let blob = |plain: u64| Blob { digest: Digest::of(b"blob"), stored: Bytes(1), plain: Bytes(plain) };
     let part = |kind, size: u64| Part {
         kind,
         size: Bytes(size),
@@ -14,44 +12,8 @@ pub(crate) fn manifest() -> Manifest {
         stored: Bytes(0),
     };
     Manifest {
-        format: FORMAT,
-        name: "tiny".to_owned(),
-        recipe: Digest::of(b"recipe"),
-        parent: None,
-        epoch: 0,
-        seal: None,
-        machine: MachineSpec {
-            qemu_version: "10.0.2".to_owned(),
-            machine_type: MACHINE_TYPE.to_owned(),
-            cpu_model: "Nehalem".to_owned(),
-            accelerator: "tcg".to_owned(),
-            smp: 1,
-            memory_mib: 128,
-            devices: devices(MAC, &[PartKind::Disk]),
-            netdev: NETDEV.to_owned(),
-            append: "quiet".to_owned(),
-        },
-        guest: GuestSpec {
-            address: [192, 168, 1, 10].into(),
-            gateway: [192, 168, 1, 1].into(),
-            mac: MAC.to_owned(),
-            ports: vec![80],
-            health: Health { port: 80, path: "/".to_owned(), status: 200 },
-            backends: vec![],
-            reseeds: true,
-        },
-        memory: Memory {
-            size: Bytes(128 << 20),
-            zero_pages: 32768,
-            parent_pages: 0,
-            first: blob(4),
-            rest: blob(1),
-            working_set: WorkingSet::default(),
-            stored: Bytes(0),
-        },
-        device: blob(400_000),
         parts: vec![part(PartKind::Disk, 1 << 20), part(PartKind::Kernel, 5), part(PartKind::Initrd, 5)],
-        measured: Measured { boot_ms: 1, answer_ms: 1 },
+        ..vmatrix_vma_testing::manifest("tiny", 128, &[PartKind::Disk])
     }
 }
 

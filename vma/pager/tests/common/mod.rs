@@ -20,7 +20,6 @@ use std::time::Duration;
 use vmatrix_model::Digest;
 use vmatrix_vma_image::chunks::Need;
 use vmatrix_vma_image::memory::{First, Map, Pack, Rest};
-use vmatrix_vma_image::netns;
 use vmatrix_vma_pager::{Class, Fetch, preload};
 
 pub const PAGE: usize = 4096;
@@ -278,45 +277,4 @@ fn order(pages: u32, seed: u32) -> Vec<u32> {
 fn right(memory: &[u8], page: u32) -> bool {
     let at = page as usize * PAGE;
     memory[at..at + PAGE] == content(page)
-}
-
-/// A network namespace with a bridge, gone with the test.
-pub struct Cell(pub String);
-
-impl Cell {
-    pub fn new(name: &str, gateway: std::net::Ipv4Addr) -> Cell {
-        let name = format!("vmx-pager-{}-{name}", std::process::id());
-        netns::ip_batch(None, &[format!("netns add {name}")]).expect("needs root and iproute2");
-        let cell = Cell(name);
-        let lines =
-            ["link add br0 type bridge".into(), format!("address add {gateway}/24 dev br0"), "link set br0 up".into()];
-        netns::ip_batch(Some(&cell.0), &lines).unwrap();
-        cell
-    }
-
-    pub fn path(&self) -> PathBuf {
-        netns::path(&self.0)
-    }
-}
-
-impl Drop for Cell {
-    fn drop(&mut self) {
-        let _ = netns::ip_batch(None, &[format!("netns del {}", self.0)]);
-    }
-}
-
-/// A process that ends with the test.
-pub struct Process(pub Child);
-
-impl Process {
-    pub fn pid(&self) -> i32 {
-        self.0.id().try_into().unwrap()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

@@ -1,11 +1,11 @@
 //! A place where an image is resumed, with a pager that is a process of its own.
 
-use super::Process;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use vmatrix_vma_image::{Store, inspect, sign};
 use vmatrix_vma_pager::{Control, DisksConfig};
+use vmatrix_vma_testing::Process;
 use vmatrix_vma_transfer::identity::{Authority, Role};
 
 /// What the test `process_that_pages` of each file does: the pager's process.

@@ -12,7 +12,7 @@ use vmatrix_model::units::Bytes;
 use vmatrix_vma_image::chunks::{Cutter, Need, close};
 use vmatrix_vma_image::memory::{self, Map};
 use vmatrix_vma_image::seal::OwnerKey;
-use vmatrix_vma_image::{Store, machine, sign};
+use vmatrix_vma_image::{Store, sign};
 
 pub struct Fleet {
     pub dir: tempfile::TempDir,
@@ -160,37 +160,6 @@ pub async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 fn manifest(memory: Memory, device: Blob, disk: Part, key: Option<&OwnerKey>) -> Manifest {
-    const MAC: &str = "52:54:00:12:34:56";
-    Manifest {
-        format: FORMAT,
-        name: "tiny".to_owned(),
-        recipe: Digest::of(b"recipe"),
-        parent: None,
-        epoch: 0,
-        seal: key.map(OwnerKey::id),
-        machine: MachineSpec {
-            qemu_version: "10.0.2".to_owned(),
-            machine_type: machine::MACHINE_TYPE.to_owned(),
-            cpu_model: "Nehalem".to_owned(),
-            accelerator: "tcg".to_owned(),
-            smp: 1,
-            memory_mib: 32,
-            devices: machine::devices(MAC, &[PartKind::Disk]),
-            netdev: machine::NETDEV.to_owned(),
-            append: "quiet".to_owned(),
-        },
-        guest: GuestSpec {
-            address: [192, 168, 1, 10].into(),
-            gateway: [192, 168, 1, 1].into(),
-            mac: MAC.to_owned(),
-            ports: vec![80],
-            health: Health { port: 80, path: "/".to_owned(), status: 200 },
-            backends: vec![],
-            reseeds: true,
-        },
-        memory,
-        device,
-        parts: vec![disk],
-        measured: Measured { boot_ms: 1, answer_ms: 1 },
-    }
+    let seal = key.map(OwnerKey::id);
+    Manifest { seal, memory, device, parts: vec![disk], ..vmatrix_vma_testing::manifest("tiny", 32, &[PartKind::Disk]) }
 }

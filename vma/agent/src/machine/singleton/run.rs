@@ -16,7 +16,7 @@ use crate::machine::pager::{One, Pager};
 use crate::machine::process::{self, Process};
 use crate::machine::record::{Phase, Record};
 use crate::machine::spawn::{self, Sockets};
-use crate::machine::vm::{CRITICAL_LIMIT, HEALTH_EVERY, HEALTH_LIMIT, RESUME_LIMIT, fits};
+use crate::machine::vm::{CRITICAL_LIMIT, RESUME_LIMIT, fits};
 use crate::machine::{Machine, cell, memory, survey};
 use crate::now;
 use anyhow::{Context, bail};
@@ -35,7 +35,7 @@ use vmatrix_vma_image::chunks::Need;
 use vmatrix_vma_image::machine::is_imported;
 use vmatrix_vma_image::qmp::Qmp;
 use vmatrix_vma_image::seal::OwnerKey;
-use vmatrix_vma_image::{guest, health, netns};
+use vmatrix_vma_image::{guest, netns};
 use vmatrix_vma_pager::Control;
 use vmatrix_vma_transfer::{Ask, Class, ImageRef, Limits, Pushed, Sources};
 
@@ -225,15 +225,7 @@ impl Machine {
                 .await
                 .with_context(|| format!("the clock of {instance} was not set"))?;
         }
-        let inside = netns::path(&self.namespace(instance));
-        let guest = &known.manifest.guest;
-        while let Err(e) = health::ask(&inside, guest.address, &guest.health, HEALTH_LIMIT).await {
-            if !process::is_alive(&vm) {
-                bail!("QEMU of {instance} ended while the guest woke: {}", spawn::words(&sockets));
-            }
-            tracing::debug!(%instance, problem = %e, "not healthy yet");
-            tokio::time::sleep(HEALTH_EVERY).await;
-        }
+        self.until_healthy(instance, &known, &vm, &sockets).await?;
         tracing::info!(%instance, runs_ms = runs.as_millis(), healthy_ms = began.elapsed().as_millis(), "woken");
         Ok(())
     }

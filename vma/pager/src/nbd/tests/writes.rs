@@ -1,9 +1,9 @@
 //! Data: written by QEMU's own tools, over servers that end.
 
 use super::*;
-use nix::mount::MsFlags;
 use std::os::unix::fs::FileExt;
 use std::process::Stdio;
+use vmatrix_vma_testing::Small;
 
 const LIFE: Life = Life { device: 1, inode: 2, born_ns: 3 };
 const WRITE: u16 = 1;
@@ -164,30 +164,6 @@ async fn one_connection_writes_and_what_an_earlier_one_was_not_answered_never_co
     assert_eq!(read(&mut third, 7 * CHUNK + 5, 100).await, [2; 100], "a reader is refused");
 }
 
-/// A small tmpfs, gone with the test.
-struct Small(PathBuf);
-
-impl Small {
-    fn mount(at: PathBuf, size: &str) -> Small {
-        std::fs::create_dir(&at).unwrap();
-        let small = Small(at);
-        small.size(MsFlags::empty(), size);
-        small
-    }
-
-    fn size(&self, flags: MsFlags, size: &str) {
-        let options = format!("size={size}");
-        nix::mount::mount(Some("tmpfs"), &self.0, Some("tmpfs"), flags, Some(options.as_str()))
-            .expect("needs root to mount");
-    }
-}
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
-    }
-}
-
 /// One write of the test below: where, how long, of what, and its answer.
 type Answered = (u64, u64, u8, u32);
 
@@ -204,7 +180,7 @@ async fn check(stream: &mut UnixStream, expected: &[u8], answers: &[Answered]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn machine_a_full_disk_is_said_and_nothing_that_was_answered_is_lost() {
     let mut world = World::new();
-    let small = Small::mount(world.path("small"), "256k");
+    let small = Small::new(world.path("small"), "256k");
     let disk = |world: &World| {
         let (size, table) = (world.plain.len() as u64, world.table(&world.plain));
         world.disk_at(&world.path("small/data"), PartKind::Data, Some(LIFE), size, table)
@@ -230,7 +206,7 @@ async fn machine_a_full_disk_is_said_and_nothing_that_was_answered_is_lost() {
     assert!(said.contains("no room") && said.contains("make room"), "{said}");
     check(&mut stream, &expected, &answers).await;
 
-    small.size(MsFlags::MS_REMOUNT, "4m");
+    small.resize("4m");
     for (at, len, byte, _) in answers.iter().filter(|a| a.3 != 0) {
         write(&mut stream, *at, &vec![*byte; *len as usize]).await;
         assert_eq!(reply(&mut stream, 0).await.0, 0);
