@@ -146,6 +146,8 @@ fn tries(request: &Request, pace: Pace, began: Instant, limit: Duration, stop: &
                 }
                 Err(e) => return Err(e).context("cannot look at a connection"),
             }
+            // Only one user asks: a second later the kernel would send the others' tries again.
+            pending.clear();
             let stream = TcpStream::from(ready);
             stream.set_nonblocking(false).context("cannot wait on a connection")?;
             let left = limit.saturating_sub(began.elapsed()).max(Duration::from_millis(1));

@@ -111,7 +111,12 @@ pub fn daemon(
     let file = fleet.dir.join(format!("{name}.toml"));
     fs::write(&file, toml::to_string(config)?).with_context(|| format!("cannot write {}", file.display()))?;
     let mut command = Command::new(&bench.options.program);
-    command.args([verb, "--config"]).arg(&file).stdin(Stdio::null()).env("VMATRIX_LOG", "info").env("NO_COLOR", "1");
+    command
+        .args([verb, "--config"])
+        .arg(&file)
+        .stdin(Stdio::null())
+        .env("VMATRIX_LOG", std::env::var_os("VMATRIX_LOG").unwrap_or_else(|| "info".into()))
+        .env("NO_COLOR", "1");
     let log = bench.place.disk().join(format!("{name}.log"));
     Running::start(&format!("vmatrix {verb}"), &mut command, &site.namespace, &log)
 }

@@ -45,7 +45,7 @@ use vmatrix_vma_image::store::needs;
 use warm::Boot;
 
 /// Rises when the builder makes another image of the same recipe.
-const BUILDER: u32 = 5;
+const BUILDER: u32 = 7;
 /// `panic`: a broken guest ends at once. `init_on_alloc`: memory that is moved into the pool of free memory is not
 /// touched for it, or a guest of 8 GiB would be all touched; programs get cleared pages anyway.
 /// `transparent_hugepage`: a program that wants a page gets one, not the 512 round it.

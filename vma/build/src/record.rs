@@ -3,7 +3,8 @@
 //! ```text
 //! memory, device state ─▶ a clone, resumed as any other (reseed, clock, health) ─▶ 60 requests ─▶ pages touched
 //!        ▲                                                                                            │
-//!        └── again from the fresh snapshot, with other requests, until little new comes ──────────────┘
+//!        └── again from the fresh snapshot, with other requests, until little new comes; twice so ────┘
+//!            that pages come slowly: the guest's timers are late then, and it runs other code
 //! ```
 //! A list belongs to one snapshot: another boot of the same guest puts the same things on other pages.
 
@@ -37,6 +38,10 @@ const REQUESTS: u32 = 60;
 const PASSES: u32 = 5;
 /// A pass with no more new pages than this is the last: each of them would cost a guest far away a round trip.
 const NEW_MAX: u64 = 1;
+/// Passes with stalls, behind the others.
+const SLOW_PASSES: u32 = 2;
+/// A stall: what a round trip and a pack take on a slow link.
+const STALL: Duration = Duration::from_millis(100);
 /// Between two passes the requests' numbers are this far apart.
 const SKIP: u32 = 7;
 /// A guest whose every first touch of a page is seen is slower than one that is left alone.
@@ -101,14 +106,20 @@ impl Suspended<'_> {
         let mut touched = Touched::default();
         let mut known = HashSet::new();
         let (mut first_of_all, mut then) = (Vec::new(), Vec::new());
-        for number in 0..PASSES {
-            progress.step(&format!("record the working set: resume {} and send {REQUESTS} requests", number + 1));
-            let (pages, first) = self.pass(number).await?;
+        let mut settled = false;
+        for number in 0..PASSES + SLOW_PASSES {
+            let stall = (number >= PASSES).then_some(STALL);
+            if settled && stall.is_none() {
+                continue;
+            }
+            let how = if stall.is_some() { " slowly" } else { "" };
+            progress.step(&format!("record the working set: resume {}{how} and send {REQUESTS} requests", number + 1));
+            let (pages, first) = self.pass(number, stall).await?;
             let zero = zero(&memory, &pages).map_err(io("read", &self.files.memory))?;
             let fresh: Vec<u32> = pages.iter().copied().filter(|p| known.insert(*p)).collect();
             let outside = fresh.iter().filter(|p| !zero.contains(p)).count() as u64;
             let pass = Pass { pages: pages.len() as u64, first, zero: zero.len() as u64, outside };
-            progress.done(&format!("resume {}: {pass}", number + 1));
+            progress.done(&format!("resume {}{how}: {pass}", number + 1));
             if let Some(kinds) = self.kinds {
                 let full = fresh.iter().copied().filter(|p| !zero.contains(p));
                 progress.done(&format!("new and not zero, in MiB: {}", kinds.table(full)));
@@ -118,9 +129,7 @@ impl Suspended<'_> {
             first_of_all.extend_from_slice(before);
             then.extend_from_slice(after);
             touched.requests += REQUESTS;
-            if outside <= NEW_MAX {
-                break;
-            }
+            settled |= outside <= NEW_MAX;
         }
         // What any of the passes needed for its first answer comes before what only the others needed.
         let mut listed = HashSet::new();
@@ -129,10 +138,10 @@ impl Suspended<'_> {
     }
 
     /// One resume from the fresh snapshot: the pages, and how many of them until the first answer.
-    async fn pass(&self, number: u32) -> Result<(Vec<u32>, u64)> {
+    async fn pass(&self, number: u32, stall: Option<Duration>) -> Result<(Vec<u32>, u64)> {
         let here = Scratch::new(self.scratch.join(format!("record-{number}")))?;
         let files = Files { memory: here.path().join("memory"), ..self.files.clone() };
-        let engine = Engine::record(&files.memory, &self.files.memory).map_err(failed)?;
+        let engine = Engine::record(&files.memory, &self.files.memory, stall).map_err(failed)?;
         let tap = self.cell.tap()?;
         let run = Run {
             name: format!("record-{}", self.name),

@@ -10,7 +10,7 @@ mod owner;
 mod process;
 mod scratch;
 
-pub use cell::Cell;
+pub use cell::{CLIENT, Cell};
 pub use owner::key as owner_key;
 pub use process::Process;
 pub use scratch::Scratch;

@@ -113,7 +113,10 @@ enum Order {
 enum Source {
     Packs(Fetch, tokio::runtime::Handle),
     /// A file that has all of them.
-    Whole(File),
+    Whole {
+        file: File,
+        stall: Option<Duration>,
+    },
 }
 
 /// What the thread and its owner both see.
@@ -153,17 +156,18 @@ impl Engine {
     }
 
     /// Serves `memory` page by page from a file that has all of it, so that [`Engine::recorded`] knows every page
-    /// that is touched. A build records its working set this way.
+    /// that is touched. A build records its working set this way. With `stall` a page takes that long now and then,
+    /// as over a slow link: a guest whose timers come late runs other code than one that never waits.
     ///
     /// # Errors
     /// As [`Engine::start`], or `whole` cannot be read.
-    pub fn record(memory: &Path, whole: &Path) -> Result<Engine> {
-        let source = File::open(whole).map_err(crate::error::io("open", whole))?;
-        let bytes = source.metadata().map_err(crate::error::io("look at", whole))?.len();
+    pub fn record(memory: &Path, whole: &Path, stall: Option<Duration>) -> Result<Engine> {
+        let file = File::open(whole).map_err(crate::error::io("open", whole))?;
+        let bytes = file.metadata().map_err(crate::error::io("look at", whole))?.len();
         let pages = u32::try_from(bytes / vmatrix_vma_uffd::PAGE).unwrap_or(u32::MAX);
         let map = Map::new(pages, First::default())?;
         let hydrate = Hydrate { working_set: false, background: false, precise: true, ..Hydrate::default() };
-        Engine::new(memory, map, Options { hydrate, ..Options::default() }, Source::Whole(source))
+        Engine::new(memory, map, Options { hydrate, ..Options::default() }, Source::Whole { file, stall })
     }
 
     fn new(memory: &Path, map: Map, options: Options, source: Source) -> Result<Engine> {

@@ -98,6 +98,9 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
         (None, Some(id)) => Some(sources.key(id).await?),
         (None, None) => None,
     };
+    // While what a guest needs first is pushed to somebody else: a page that was not foreseen is asked for at once.
+    let connecting = sources.clone();
+    tokio::spawn(async move { connecting.connect().await });
     // Only whoever holds this replaces the sockets of an earlier process.
     let _alone = alone(&config.control)?;
     let pushed = Pushed::from_environment(sources.local_store()).map(Arc::new);

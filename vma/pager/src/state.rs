@@ -209,11 +209,18 @@ impl State {
         Verdict::Wait
     }
 
-    /// Notes that a page was touched, if it is the first time.
-    pub fn touch(&mut self, page: u32) {
-        if self.touched.insert(page) && self.order.len() < RECORDED_MAX {
+    /// Notes that a page was touched; answers whether it is the first time.
+    pub fn touch(&mut self, page: u32) -> bool {
+        let first = self.touched.insert(page);
+        if first && self.order.len() < RECORDED_MAX {
             self.order.push(page);
         }
+        first
+    }
+
+    /// How many pages were touched, as far as that is noted.
+    pub fn recorded_pages(&self) -> usize {
+        self.order.len()
     }
 
     fn zeros_round(&self, page: u32) -> Range<u32> {

@@ -221,7 +221,7 @@ async fn machine_recording_sees_every_page_in_the_order_it_was_touched() {
     let dir = dir();
     let (memory, whole) = (dir.path().join("memory"), dir.path().join("whole"));
     std::fs::write(&whole, (0..512).flat_map(common::content).collect::<Vec<u8>>()).unwrap();
-    let engine = Engine::record(&memory, &whole).unwrap();
+    let engine = Engine::record(&memory, &whole, None).unwrap();
     let mut guest = Guest::start(&memory, "private", false);
     engine.adopt(guest.pid()).await.unwrap();
     for page in [400, 3, 4, 25, 3, 5] {

@@ -187,6 +187,11 @@ impl Sources {
         Sources::new(&identity, local, config.addresses.clone(), config.serving, &config.limits)
     }
 
+    /// Connects to all, so that what is asked first waits for no handshake. Says how many are up.
+    pub async fn connect(&self) -> usize {
+        self.links(true).await.len()
+    }
+
     /// Connects to all and has each connection's window grow, so that what is asked later does not wait for
     /// handshakes and slow start. Says how many are up. From then on connections that end are made again, and
     /// warmed, without being asked for.

@@ -6,6 +6,7 @@
 
 use super::tools;
 use crate::recipe::Request;
+use crate::workshop::CLIENT;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -88,7 +89,7 @@ pub fn send(request: &Request, to: Ipv4Addr, netns: &Path, number: u32) -> Resul
     let url = format!("{scheme}://{to}:{}{}", request.port, request.path.replace("{n}", &number));
     let mut curl = Command::new("curl");
     curl.args(["-sS", "-k", "-g", "-o", "/dev/null", "-w", "%{http_code} %{time_total} %{content_type}"])
-        .args(["-m", &LIMIT_S.to_string()])
+        .args(["-m", &LIMIT_S.to_string(), "--interface", &CLIENT.to_string()])
         .args(["-X", &request.method])
         .stderr(Stdio::piped());
     if let Some(user) = &request.user {

@@ -17,6 +17,10 @@ use vmatrix_vma_image::netns;
 /// How such namespaces begin; then comes the number of the process that made them, and which of its own it is.
 const BEGIN: &str = "vmx-build-";
 
+/// Where a recipe's requests come from: as those of users do, from beyond the guest's gateway (TEST-NET-2, RFC 5737).
+/// What is recorded of a guest then has the way back to there.
+pub const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+
 /// A namespace that goes when this does.
 #[derive(Debug)]
 pub struct Cell {
@@ -44,6 +48,7 @@ impl Cell {
             // The guest remembers its gateway by this: after a resume it sends there before it asks anybody.
             format!("link add {bridge} address {BRIDGE_MAC} type bridge"),
             format!("address add {gateway}/24 dev {bridge}"),
+            format!("address add {CLIENT}/32 dev lo"),
             format!("link set {bridge} up"),
         ];
         lines.extend(backend.map(|address| format!("address add {address}/32 dev lo")));

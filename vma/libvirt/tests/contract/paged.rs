@@ -12,7 +12,7 @@ use vmatrix_vma_pager::{Engine, shim};
 pub async fn resume<B: Backend>(world: &World<'_, B>) {
     let (cell, folder) = (world.cell("paged"), folder());
     let files = Files { memory: folder.path().join("memory"), ..world.guest.files.clone() };
-    let engine = Engine::record(&files.memory, &world.guest.files.memory).unwrap();
+    let engine = Engine::record(&files.memory, &world.guest.files.memory, None).unwrap();
     // Where any user may read it, as an installed one is.
     let library = folder.path().join("shim.so");
     std::fs::copy(shim().unwrap(), &library).unwrap();

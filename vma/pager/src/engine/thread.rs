@@ -22,6 +22,9 @@ const HELD_BACK: Duration = Duration::from_millis(10);
 /// How often to look again where nothing is to be done: what has been waited for too long is to be said.
 const IDLE: Duration = Duration::from_millis(500);
 
+/// Pages between two stalls of a recording.
+const STALL_EVERY: usize = 24;
+
 pub(super) struct Thread {
     window: Window,
     state: State,
@@ -192,7 +195,7 @@ impl Thread {
 
     fn fault(&mut self, who: Who, page: u32) {
         let Some(guest) = self.guests.get(&who).cloned() else { return };
-        if let Source::Whole(_) = self.source {
+        if let Source::Whole { .. } = self.source {
             return self.fault_whole(&guest, page);
         }
         let now = self.began.elapsed();
@@ -204,7 +207,11 @@ impl Thread {
         }
         match verdict {
             Verdict::Wake => guest.wake(page),
-            Verdict::Wait => self.misses += 1,
+            Verdict::Wait => {
+                self.misses += 1;
+                let digest = self.state.pack_of(page).map(|pack| pack.digest.short());
+                tracing::debug!(page, pack = digest, "a guest waits for a page");
+            }
             Verdict::Zeros(run) => self.zeros(&guest, page, run),
         }
     }
@@ -227,8 +234,12 @@ impl Thread {
     }
 
     fn fault_whole(&mut self, guest: &Adopted, page: u32) {
-        let Source::Whole(file) = &self.source else { return };
-        self.state.touch(page);
+        let Source::Whole { file, stall } = &self.source else { return };
+        if self.state.touch(page)
+            && let Some(stall) = stall.filter(|_| self.state.recorded_pages().is_multiple_of(STALL_EVERY))
+        {
+            std::thread::sleep(stall);
+        }
         let mut bytes = [0; PAGE as usize];
         let read = file.read_exact_at(&mut bytes, u64::from(page) * PAGE);
         let put = read.map_err(crate::error::io("read", self.window.path())).and_then(|()| {
