@@ -71,14 +71,15 @@ fn drain(port: &mut File, held: &mut Vec<u8>) -> std::io::Result<()> {
 fn answer(port: &mut File, line: &str) {
     let mut rest = line.as_bytes();
     while !rest.is_empty() {
+        // Asked first, always: whether the kernel has heard of the host's end before its question is chance, and a
+        // guest should run the same code either way.
+        let mut room = [PollFd::new(port.as_fd(), PollFlags::POLLOUT)];
+        if let Ok(0) | Err(_) = poll(&mut room, TAKEN_MS) {
+            return eprintln!("vmatrix-vma-guest: the host does not take its answer");
+        }
         match port.write(rest) {
             Ok(n) => rest = rest.get(n..).unwrap_or_default(),
-            Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                let mut room = [PollFd::new(port.as_fd(), PollFlags::POLLOUT)];
-                if let Ok(0) | Err(_) = poll(&mut room, TAKEN_MS) {
-                    return eprintln!("vmatrix-vma-guest: the host does not take its answer");
-                }
-            }
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(e) => return eprintln!("vmatrix-vma-guest: the host does not take answers: {e}"),
         }
     }
