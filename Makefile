@@ -1,4 +1,4 @@
-# make demo   the flash crowd on real VMs, with the live page and the report
+# make demo   the flash crowd (or SCENARIO=FILE) on real VMs, with the live page and the report
 # make test   everything, the tests with real VMs too
 # make check  format, lints and the tests that need no machine: under half a minute when warm
 
@@ -22,7 +22,7 @@ images: build
 	@for recipe in $(RECIPES); do $(VMATRIX) image build $$recipe --store $(STORE) || exit; done
 
 demo: images
-	$(VMATRIX) demo --store $(STORE) --html $(TARGET)/demo.html
+	$(VMATRIX) demo $(if $(SCENARIO),--scenario $(SCENARIO)) --store $(STORE) --html $(TARGET)/demo.html
 
 test: images
 	cargo fmt --all --check
