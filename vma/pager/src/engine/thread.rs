@@ -238,6 +238,7 @@ impl Thread {
         if self.state.touch(page)
             && let Some(stall) = stall.filter(|_| self.state.recorded_pages().is_multiple_of(STALL_EVERY))
         {
+            #[allow(clippy::disallowed_methods, reason = "the engine's own thread, which is to keep a guest waiting")]
             std::thread::sleep(stall);
         }
         let mut bytes = [0; PAGE as usize];
