@@ -30,7 +30,7 @@ use vmatrix_vma_image::machine::{self, Files, Run, Start};
 use vmatrix_vma_image::memory::{self, PAGE};
 use vmatrix_vma_image::qmp::Qmp;
 use vmatrix_vma_image::{Store, guest, health, inspect, sign};
-use vmatrix_vma_pager::{Engine, preload};
+use vmatrix_vma_pager::{Engine, Stall, preload};
 
 /// Requests of one pass: a list of the first answer alone made the second one wait (315 ms instead of 50).
 const REQUESTS: u32 = 60;
@@ -42,6 +42,8 @@ const NEW_MAX: u64 = 1;
 const SLOW_PASSES: u32 = 2;
 /// A stall: what a round trip and a pack take on a slow link.
 const STALL: Duration = Duration::from_millis(100);
+/// Stalls until the first answer: the guest agent has ten seconds.
+const STALLS: usize = 50;
 /// Between two passes the requests' numbers are this far apart.
 const SKIP: u32 = 7;
 /// A guest whose every first touch of a page is seen is slower than one that is left alone.
@@ -108,13 +110,22 @@ impl Suspended<'_> {
         let (mut first_of_all, mut then) = (Vec::new(), Vec::new());
         let mut settled = false;
         for number in 0..PASSES + SLOW_PASSES {
-            let stall = (number >= PASSES).then_some(STALL);
+            let first = touched.passes.first().map_or(0, |pass| pass.first as usize);
+            let stall = (number >= PASSES).then_some(Stall { every: first.div_ceil(STALLS).max(1), time: STALL });
             if settled && stall.is_none() {
                 continue;
             }
             let how = if stall.is_some() { " slowly" } else { "" };
             progress.step(&format!("record the working set: resume {}{how} and send {REQUESTS} requests", number + 1));
-            let (pages, first) = self.pass(number, stall).await?;
+            let (pages, first) = match self.pass(number, stall).await {
+                Ok(seen) => seen,
+                // A list without them is as good, but for slow links.
+                Err(e) if stall.is_some() => {
+                    progress.done(&format!("resume {}{how} is left out: {e}", number + 1));
+                    break;
+                }
+                Err(e) => return Err(e),
+            };
             let zero = zero(&memory, &pages).map_err(io("read", &self.files.memory))?;
             let fresh: Vec<u32> = pages.iter().copied().filter(|p| known.insert(*p)).collect();
             let outside = fresh.iter().filter(|p| !zero.contains(p)).count() as u64;
@@ -138,7 +149,7 @@ impl Suspended<'_> {
     }
 
     /// One resume from the fresh snapshot: the pages, and how many of them until the first answer.
-    async fn pass(&self, number: u32, stall: Option<Duration>) -> Result<(Vec<u32>, u64)> {
+    async fn pass(&self, number: u32, stall: Option<Stall>) -> Result<(Vec<u32>, u64)> {
         let here = Scratch::new(self.scratch.join(format!("record-{number}")))?;
         let files = Files { memory: here.path().join("memory"), ..self.files.clone() };
         let engine = Engine::record(&files.memory, &self.files.memory, stall).map_err(failed)?;

@@ -96,6 +96,15 @@ pub struct Status {
     pub full: Option<String>,
 }
 
+/// Pages that come late in a recording.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stall {
+    /// One of so many that are touched.
+    pub every: usize,
+    /// By so much.
+    pub time: Duration,
+}
+
 /// How long a process may take from its start until it has mapped its memory.
 const MAPPED_WITHIN: Duration = Duration::from_secs(20);
 
@@ -115,7 +124,7 @@ enum Source {
     /// A file that has all of them.
     Whole {
         file: File,
-        stall: Option<Duration>,
+        stall: Option<Stall>,
     },
 }
 
@@ -156,12 +165,12 @@ impl Engine {
     }
 
     /// Serves `memory` page by page from a file that has all of it, so that [`Engine::recorded`] knows every page
-    /// that is touched. A build records its working set this way. With `stall` a page takes that long now and then,
-    /// as over a slow link: a guest whose timers come late runs other code than one that never waits.
+    /// that is touched. A build records its working set this way. With `stall` some pages come late, as over a slow
+    /// link: a guest whose timers are late runs other code than one that never waits.
     ///
     /// # Errors
     /// As [`Engine::start`], or `whole` cannot be read.
-    pub fn record(memory: &Path, whole: &Path, stall: Option<Duration>) -> Result<Engine> {
+    pub fn record(memory: &Path, whole: &Path, stall: Option<Stall>) -> Result<Engine> {
         let file = File::open(whole).map_err(crate::error::io("open", whole))?;
         let bytes = file.metadata().map_err(crate::error::io("look at", whole))?.len();
         let pages = u32::try_from(bytes / vmatrix_vma_uffd::PAGE).unwrap_or(u32::MAX);

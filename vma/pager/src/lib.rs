@@ -33,7 +33,7 @@ mod window;
 
 pub use config::{Config, DisksConfig};
 pub use control::Control;
-pub use engine::{Engine, Fetch, Options, Status};
+pub use engine::{Engine, Fetch, Options, Stall, Status};
 pub use error::{Error, Result};
 pub use process::run;
 pub use pushed::PUSHED_VARIABLE;

@@ -22,9 +22,6 @@ const HELD_BACK: Duration = Duration::from_millis(10);
 /// How often to look again where nothing is to be done: what has been waited for too long is to be said.
 const IDLE: Duration = Duration::from_millis(500);
 
-/// Pages between two stalls of a recording.
-const STALL_EVERY: usize = 24;
-
 pub(super) struct Thread {
     window: Window,
     state: State,
@@ -236,10 +233,10 @@ impl Thread {
     fn fault_whole(&mut self, guest: &Adopted, page: u32) {
         let Source::Whole { file, stall } = &self.source else { return };
         if self.state.touch(page)
-            && let Some(stall) = stall.filter(|_| self.state.recorded_pages().is_multiple_of(STALL_EVERY))
+            && let Some(stall) = stall.filter(|stall| self.state.recorded_pages().is_multiple_of(stall.every))
         {
             #[allow(clippy::disallowed_methods, reason = "the engine's own thread, which is to keep a guest waiting")]
-            std::thread::sleep(stall);
+            std::thread::sleep(stall.time);
         }
         let mut bytes = [0; PAGE as usize];
         let read = file.read_exact_at(&mut bytes, u64::from(page) * PAGE);
