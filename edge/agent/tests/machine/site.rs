@@ -81,14 +81,14 @@ impl Site {
         });
     }
 
-    /// Starts a daemon of this crate in a namespace; `what` as in `main.rs`.
+    /// Starts a daemon of this crate in a namespace; `what` as `examples/edge-daemons.rs` takes it.
     pub fn start(&mut self, namespace: &str, what: &str) -> usize {
-        let me = std::env::current_exe().unwrap();
+        // Built with this test.
+        let program = std::env::current_exe().unwrap().with_file_name("../examples/edge-daemons");
         let child = Command::new("ip")
             .args(["netns", "exec", &self.name(namespace)])
-            .arg(me)
-            .args(["daemon", "--exact", "--ignored", "--nocapture"])
-            .env("VMATRIX_TEST_DAEMON", what)
+            .arg(program)
+            .args(what.split(' '))
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
