@@ -159,9 +159,9 @@ fn add_memory(row: &mut Row, alive: &[Taken], shared_mib: f64) -> anyhow::Result
     Ok(())
 }
 
-/// Memory of every QEMU whose sockets are in the machine's folder.
+/// Memory of every QEMU whose sockets are in the machine's folder: in a cell's, or where it waited for its cell.
 fn taken(state: &Path) -> anyhow::Result<Vec<Taken>> {
-    let within = format!("{}/cells/", state.display());
+    let within = format!("{}/", state.display());
     let mut all = Vec::new();
     for entry in fs::read_dir("/proc").context("cannot read /proc")? {
         let path = entry.context("cannot read /proc")?.path();
