@@ -66,6 +66,9 @@ pub(crate) struct Machine {
     pagers: Mutex<BTreeMap<PathBuf, Arc<pager::Pager>>>,
     pool: pool::Pool,
     tenures: Tenures,
+    /// What singletons that are to come will run in, and what their holders said.
+    earlies: singleton::Earlies,
+    meetings: hand::Meetings,
     /// Connections to machines that have, or had, a singleton.
     peers: Mutex<singleton::Peers>,
     /// Health checks an instance missed in a row.
@@ -185,6 +188,8 @@ impl Machine {
             pagers: Mutex::default(),
             pool: pool::Pool::default(),
             tenures,
+            earlies: singleton::Earlies::default(),
+            meetings: hand::Meetings::default(),
             peers: Mutex::default(),
             missed: Mutex::default(),
             busy: Mutex::default(),
@@ -289,6 +294,9 @@ fn fault(error: &anyhow::Error) -> Fault {
     if let Some(told) = error.downcast_ref::<Fault>() {
         return told.clone();
     }
+    // What this machine writes down finds no room, whatever it was.
+    let full = |e: &std::io::Error| e.kind() == std::io::ErrorKind::StorageFull;
+    let full = error.chain().any(|e| e.downcast_ref::<std::io::Error>().is_some_and(full));
     let lasting = error.chain().any(|e| {
         let image = match e.downcast_ref::<vmatrix_vma_transfer::Error>() {
             // One that stands for what it carries says nothing of it in the chain.
@@ -308,6 +316,7 @@ fn fault(error: &anyhow::Error) -> Fault {
         )
     });
     let text = format!("{error:#}");
-    let (problem, hint) = text.split_once("; ").map_or((text.as_str(), ""), |(p, h)| (p, h));
-    Fault { problem: problem.to_owned(), hint: hint.to_owned(), lasting }
+    let hint = if full { "free some on the disk of state_dir" } else { "" };
+    let (problem, hint) = text.split_once("; ").unwrap_or((&text, hint));
+    Fault { problem: problem.to_owned(), hint: hint.to_owned(), lasting: lasting || full }
 }

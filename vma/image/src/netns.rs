@@ -86,12 +86,34 @@ pub fn open_tap(netns: &Path, name: &str) -> Result<OwnedFd> {
 /// # Errors
 /// [`Error::Tool`] with what `ip` said, or [`Error::Missing`].
 pub fn ip_batch(netns: Option<&str>, lines: &[String]) -> Result<()> {
+    ip(netns, lines, &[])
+}
+
+/// As [`ip_batch`], for what may be refused: every line is tried.
+///
+/// # Errors
+/// [`Error::Missing`], or `ip` cannot be run.
+pub fn ip_tries(netns: Option<&str>, lines: &[String]) -> Result<()> {
+    match ip(netns, lines, &["-force"]) {
+        Err(Error::Tool { said, .. }) => {
+            tracing::trace!(said, "refused");
+            Ok(())
+        }
+        done => done,
+    }
+}
+
+fn ip(netns: Option<&str>, lines: &[String], options: &[&str]) -> Result<()> {
+    if lines.is_empty() {
+        return Ok(());
+    }
     let mut command = Command::new("ip");
     if let Some(name) = netns {
         command.args(["-n", name]);
     }
     let tool = Path::new("ip");
     let mut child = command
+        .args(options)
         .args(["-batch", "-"])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())

@@ -16,6 +16,11 @@ const CONFIG_MAX: u64 = 1 << 20;
 pub struct Config {
     /// File with the signed manifest, as JSON.
     pub image: PathBuf,
+    /// Where that file comes later, and with it this configuration anew: the signed manifest of the image that it begins
+    /// from. What a singleton's memory is becomes known when it stops elsewhere; disks that it only reads stay what they
+    /// are, and are served at once.
+    #[serde(default)]
+    pub before: Option<PathBuf>,
     /// Public keys of whose images are run, 64 hex digits each.
     pub signers: Vec<String>,
     /// The memory file, on a tmpfs; made if it is not there. For a singleton it is new with each resume: what it

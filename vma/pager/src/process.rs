@@ -24,19 +24,22 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
 use vmatrix_model::Digest;
 use vmatrix_model::manifest::{MANIFEST_MAX, Manifest, PartKind, SignedManifest};
 use vmatrix_vma_image::Store;
-use vmatrix_vma_image::chunks::{Need, decode_table};
+use vmatrix_vma_image::chunks::{self, Need, decode_table};
 use vmatrix_vma_image::machine;
 use vmatrix_vma_image::memory::{First, Map, Rest, pages};
 use vmatrix_vma_image::seal::OwnerKey;
 use vmatrix_vma_image::sign;
 use vmatrix_vma_transfer::{Class as Urgency, Sources};
 
+/// Between looks for an image that comes later; a look costs microseconds.
+const LOOK: Duration = Duration::from_millis(2);
 /// Between attempts to fetch what nothing can go on without.
 const AGAIN: Duration = Duration::from_millis(200);
 /// Longest signed manifest: as JSON in JSON, with each quote escaped.
@@ -56,11 +59,14 @@ struct Pager {
     key: Option<OwnerKey>,
     /// Somebody brings what is needed first.
     pushed: Option<Arc<Pushed>>,
-    engine: watch::Sender<Option<Arc<Engine>>>,
+    engine: Engines,
     progress: Mutex<Progress>,
     disks: Vec<Served>,
     end: Notify,
 }
+
+/// The engine, once the first table is here.
+type Engines = Arc<watch::Sender<Option<Arc<Engine>>>>;
 
 /// A disk, and where its table is put once that is here.
 struct Served {
@@ -83,16 +89,42 @@ struct Progress {
 ///
 /// # Errors
 /// The configuration cannot be read, the image is not trusted, or another pager serves its files.
-pub async fn run(config: &Path) -> anyhow::Result<()> {
-    let config = Config::read(config)?;
+pub async fn run(path: &Path) -> anyhow::Result<()> {
+    let mut config = Config::read(path)?;
     raise_descriptors();
-    let mut text = String::new();
-    let file = std::fs::File::open(&config.image).map_err(io("open", &config.image))?;
-    file.take(SIGNED_MAX).read_to_string(&mut text).map_err(io("read", &config.image))?;
-    let signed: SignedManifest =
-        serde_json::from_str(&text).with_context(|| format!("{} is not a signed manifest", config.image.display()))?;
-    let (manifest, digest) = sign::verify(&signed, &config.signers)?;
-    let sources = Sources::from_config(&config.sources, Store::open(&config.store)?)?;
+    // Only whoever holds this replaces the sockets of an earlier process.
+    let _alone = alone(&config.control)?;
+    // From here on a QEMU that starts finds its disks: what it asks too early waits.
+    let mut nbd = config.disks.as_ref().map(|at| socket::listen(&at.socket, 0o666)).transpose()?;
+    let engine = Arc::new(watch::Sender::new(None));
+    let mut sources = Sources::from_config(&config.sources, Store::open(&config.store)?)?;
+    let mut disks = Vec::new();
+    if let Some(before) = &config.before {
+        let (before, _) = read_image(before, &config.signers)?;
+        if let (Some(at), None) = (&config.disks, before.part(PartKind::Data)) {
+            disks = open_disks(at, &config, &before, &fetch(&sources, None, None))?;
+            serve_disks(nbd.take(), &disks, &engine);
+            for served in &disks {
+                // As far as it is here. If not, it is brought with the rest.
+                if let Some(part) = before.part(served.disk.kind())
+                    && let Ok(plain) = sources.local_store().chunk(&part.table.digest)
+                    && let Ok(plain) = chunks::open(&plain, &Need::blob(&part.table, false), None)
+                {
+                    served.table.send_replace(Some(Arc::new(decode_table(part, &plain)?)));
+                }
+            }
+        }
+        tokio::select! {
+            () = there(&config.image) => {}
+            ended = asked_to_end() => return ended,
+        }
+        let now = Config::read(path)?;
+        if now.sources.addresses != config.sources.addresses {
+            sources = Sources::from_config(&now.sources, Store::open(&now.store)?)?;
+        }
+        config = now;
+    }
+    let (manifest, digest) = read_image(&config.image, &config.signers)?;
     let key = match (&config.key, manifest.seal) {
         (Some(path), _) => Some(OwnerKey::read(path)?),
         (None, Some(id)) => Some(sources.key(id).await?),
@@ -101,14 +133,11 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
     // While what a guest needs first is pushed to somebody else: a page that was not foreseen is asked for at once.
     let connecting = sources.clone();
     tokio::spawn(async move { connecting.connect().await });
-    // Only whoever holds this replaces the sockets of an earlier process.
-    let _alone = alone(&config.control)?;
     let pushed = Pushed::from_environment(sources.local_store()).map(Arc::new);
-    let disks = match &config.disks {
-        Some(at) => open_disks(at, &config, &manifest, &fetch(&sources, None, None))?,
-        None => Vec::new(),
-    };
-    let nbd = config.disks.as_ref().map(|at| socket::listen(&at.socket, 0o666)).transpose()?;
+    if let (Some(at), true) = (&config.disks, disks.is_empty()) {
+        disks = open_disks(at, &config, &manifest, &fetch(&sources, None, None))?;
+        serve_disks(nbd.take(), &disks, &engine);
+    }
     let listener = socket::listen(&config.control, 0o600)?;
     tracing::info!(image = manifest.name, digest = %digest, memory = %config.memory.display(), "pager begins");
     let pager = Arc::new(Pager {
@@ -117,17 +146,11 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
         sources,
         key,
         pushed,
-        engine: watch::Sender::new(None),
+        engine,
         progress: Mutex::default(),
         disks,
         end: Notify::new(),
     });
-    if let Some(nbd) = nbd {
-        let disks = pager.disks.iter().map(|served| served.disk.clone()).collect();
-        let known = pager.clone();
-        let allowed = move |pid| known.engine.borrow().as_ref().is_some_and(|engine| engine.is_adopted(pid));
-        tokio::spawn(nbd::serve(nbd, disks, Arc::new(allowed)));
-    }
     let asked = pager.clone();
     tokio::spawn(control::serve(listener, move |request| {
         let pager = asked.clone();
@@ -135,18 +158,52 @@ pub async fn run(config: &Path) -> anyhow::Result<()> {
     }));
     let device = pager.clone();
     tokio::spawn(async move { device.fetch_device().await });
-    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     tokio::select! {
         result = pager.bring() => {
             result?;
             pager.end.notified().await;
         }
         () = pager.end.notified() => {}
+        ended = asked_to_end() => ended?,
+    }
+    tracing::info!(image = pager.manifest.name, "pager ends");
+    Ok(())
+}
+
+/// Reads a signed manifest, and believes it if it is signed by one of these.
+fn read_image(path: &Path, signers: &[String]) -> anyhow::Result<(Manifest, Digest)> {
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(io("open", path))?;
+    file.take(SIGNED_MAX).read_to_string(&mut text).map_err(io("read", path))?;
+    let signed: SignedManifest =
+        serde_json::from_str(&text).with_context(|| format!("{} is not a signed manifest", path.display()))?;
+    Ok(sign::verify(&signed, signers)?)
+}
+
+/// Serves disks to guests whose memory is served, and to root's processes.
+fn serve_disks(nbd: Option<UnixListener>, disks: &[Served], engine: &Engines) {
+    let Some(nbd) = nbd else { return };
+    let disks = disks.iter().map(|served| served.disk.clone()).collect();
+    let engine = engine.clone();
+    let allowed = move |pid| engine.borrow().as_ref().is_some_and(|engine: &Arc<Engine>| engine.is_adopted(pid));
+    tokio::spawn(nbd::serve(nbd, disks, Arc::new(allowed)));
+}
+
+/// Waits until there is a file.
+async fn there(path: &Path) {
+    while !path.exists() {
+        sleep(LOOK).await;
+    }
+}
+
+/// Waits for SIGTERM or SIGINT.
+async fn asked_to_end() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    tracing::info!(image = pager.manifest.name, "pager ends");
     Ok(())
 }
 

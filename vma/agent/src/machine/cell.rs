@@ -49,6 +49,12 @@ impl Machine {
                 // It is wanted back.
                 self.records.note(&spec.instance, Phase::Ready, None)?;
             }
+            if spec.singleton.is_some() && matches!(record.phase, Phase::Ready | Phase::Handed) {
+                let wanted = Record { spec: spec.clone(), ..record.clone() };
+                let known = self.until(&spec.image, Level::Known, MANIFEST_LIMIT).await?;
+                self.begin_meeting(&wanted, &known);
+                self.make_ready(&wanted, &known);
+            }
             return self.start_tunnel(record).await;
         }
         if let Some(held) = self.tenures.get(&spec.instance.service).filter(|_| spec.singleton.is_none())
@@ -69,6 +75,9 @@ impl Machine {
         // Looked up again: once the cell is begun, no newer image takes this one's place.
         let gone = || format!("image {} was dropped meanwhile; stage it", spec.image);
         let known = self.images.known(&spec.image).with_context(gone)?;
+        if spec.singleton.is_some() {
+            self.begin_meeting(&record, &known);
+        }
         self.make_room().await?;
         // What the guest will run in is made while its cell is built and what it needs first comes.
         let pager = spec.singleton.is_none().then(|| self.pager_for(&known));
@@ -84,6 +93,9 @@ impl Machine {
             self.unbuild(&spec.instance)?;
             let (name, gateway) = (self.namespace(&spec.instance), known.manifest.guest.gateway);
             building(tokio::task::spawn_blocking(move || found(&name, gateway)).await?)?;
+        }
+        if spec.singleton.is_some() {
+            self.make_ready(&record, &known);
         }
         let (machine, part, guest) = (self.clone(), record.clone(), known.manifest.guest.clone());
         let built = tokio::task::spawn_blocking(move || machine.build(&part, guest.address, &guest.mac));
@@ -112,25 +124,29 @@ impl Machine {
         let name = self.namespace(&record.spec.instance);
         let outside = outer_name(record);
         let (outer, cell) = (record.link.outer, record.link.cell);
-        netns::ip_batch(
-            None,
-            &[
-                format!("link add {outside} type veth peer name {UPLINK} netns {name}"),
-                format!("addr add {outer}/30 dev {outside}"),
-                format!("link set {outside} up"),
-            ],
-        )?;
-        netns::ip_batch(
-            Some(&name),
-            &[
-                format!("addr add {cell}/30 dev {UPLINK}"),
-                format!("link set {UPLINK} up"),
-                format!("route add default via {outer}"),
-            ],
-        )?;
         let ports = &record.spec.ports;
         let text = rules(&Rules { cell, guest, mac, ports, backends: &record.spec.backends });
-        nft(&netns::path(&name), &text)?;
+        // Beside each other: either program takes some milliseconds to start.
+        std::thread::scope(|scope| {
+            let ruled = scope.spawn(|| nft(&netns::path(&name), &text));
+            netns::ip_batch(
+                None,
+                &[
+                    format!("link add {outside} type veth peer name {UPLINK} netns {name}"),
+                    format!("addr add {outer}/30 dev {outside}"),
+                    format!("link set {outside} up"),
+                ],
+            )?;
+            netns::ip_batch(
+                Some(&name),
+                &[
+                    format!("addr add {cell}/30 dev {UPLINK}"),
+                    format!("link set {UPLINK} up"),
+                    format!("route add default via {outer}"),
+                ],
+            )?;
+            ruled.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
         // Last, for some settings exist only once the rules have brought their modules in.
         let more = if record.spec.singleton.is_some() { SINGLETON_SETTINGS } else { &[] };
         netns::enter(&netns::path(&name), || settings(SETTINGS.iter().chain(more)))?

@@ -11,7 +11,7 @@
 use super::Machine;
 use super::image::{Known, Level};
 use super::memory::Folder;
-use super::pager::{ANSWER_LIMIT, LOOK_SOON, Pager, RETURN_LIMIT};
+use super::pager::{self, ANSWER_LIMIT, LOOK_SOON, Pager, RETURN_LIMIT};
 use super::process;
 use super::record::Phase;
 use super::spawn::Sockets;
@@ -255,20 +255,20 @@ impl Machine {
         }
     }
 
-    /// Ends the pager of this memory, if there is one, and removes its folder: what a singleton wrote to its disk is of
-    /// this run.
+    /// Ends the pager of this memory, guarded or left by an earlier daemon, and removes its folder: what a singleton
+    /// wrote to its disk is of this run.
     ///
     /// # Errors
-    /// The folder cannot be removed.
-    pub(super) async fn retire_at(&self, memory: &Folder, why: &str) -> anyhow::Result<()> {
-        let pager = self.pagers.lock().unwrap_or_else(PoisonError::into_inner).get(&memory.dir).cloned();
-        match pager {
-            Some(pager) => {
-                self.retire(&pager, why).await;
-                remove(&pager.folder)
-            }
-            None => Ok(()),
+    /// It does not end, or the folder cannot be removed.
+    pub(super) async fn clear_away(&self, folder: &Path, memory: &Folder, why: &str) -> anyhow::Result<()> {
+        let guarded = self.pagers.lock().unwrap_or_else(PoisonError::into_inner).get(&memory.dir).cloned();
+        if let Some(guarded) = guarded {
+            self.retire(&guarded, why).await;
         }
+        if let Some(running) = pager::find(folder) {
+            process::end(&running, QUIT_GRACE).await.context("a pager does not end")?;
+        }
+        remove(folder)
     }
 
     /// Ends what runs for an image that no cell uses, and frees its memory.

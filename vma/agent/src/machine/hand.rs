@@ -19,15 +19,22 @@ use super::relay::{Offer, Way};
 use super::singleton::{Held, SOURCES_MAX, Snapshot, Taker, Took, find};
 use super::{Machine, process};
 use anyhow::{Context, bail};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::OwnedMutexGuard;
+use tokio::task::{JoinHandle, JoinSet};
+use vmatrix_model::assignment::Singleton;
+use vmatrix_model::manifest::SignedManifest;
 use vmatrix_model::{Digest, ServiceId};
 use vmatrix_vma_core::tenure::{Asked, Part, Refused, Tenure};
 use vmatrix_vma_image::qmp::Qmp;
+use vmatrix_vma_image::sign::verify;
 use vmatrix_vma_transfer::identity::Name;
 use vmatrix_vma_transfer::{Error as TransferError, Fault};
 
@@ -39,6 +46,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_millis(200);
 /// Ends of a relay find each other within a round trip or two; without them the guest moves all the same.
 const SHAKE_LIMIT: Duration = Duration::from_secs(3);
+
+/// Longest beginning that is told with a hand-over: an answer has 64 KiB, in which text is escaped. What is longer is
+/// opened like any image.
+const BEGINNING_MAX: usize = 24 << 10;
 
 /// What one machine asks another.
 #[derive(Debug, Serialize, Deserialize)]
@@ -55,8 +66,18 @@ enum Question {
 #[serde(tag = "answer", rename_all = "snake_case", deny_unknown_fields)]
 enum Answer {
     Meets { state: State, relay: Option<Offer> },
-    Handed { epoch: u64, state: State, relay: Option<Offer>, took: Took },
+    Handed { epoch: u64, state: State, begin: Option<Box<Beginning>>, relay: Option<Offer>, took: Took },
     Elsewhere { at: SocketAddr },
+}
+
+/// What of a snapshot is told with the hand-over itself, a round trip before anything can be asked for: enough to have
+/// memory and disks served.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Beginning {
+    pub manifest: SignedManifest,
+    /// The first table as stored, in base64.
+    pub first: String,
 }
 
 /// A singleton's state, by names.
@@ -78,16 +99,48 @@ impl State {
     }
 }
 
-/// A singleton that was taken, and the tap at which what has come for it waits.
+/// A singleton that was taken, and the tap at which what has come for it waits, unless a QEMU has that already.
 pub struct Taken {
     pub held: Held,
-    pub tap: OwnedFd,
+    pub tap: Option<OwnedFd>,
 }
 
 /// What came of asking one machine.
-enum Got {
-    Taken(Box<Taken>),
+#[derive(Debug)]
+enum Got<T> {
+    Here(T),
     Elsewhere(SocketAddr),
+}
+
+/// What a holder said of a singleton that runs on.
+#[derive(Debug)]
+struct Met {
+    state: State,
+    /// Our end of a relay, and theirs.
+    relay: Option<(Way, Offer)>,
+    asker: Taker,
+    /// Our end, which is coming up.
+    up: JoinSet<anyhow::Result<()>>,
+}
+
+/// A holder that is being met, and at which address.
+type Meeting = (SocketAddr, JoinHandle<anyhow::Result<Got<Met>>>);
+
+/// Holders that are being met while the cell is built, by service. Its bound is that of cells.
+#[derive(Debug, Default)]
+pub struct Meetings(Mutex<BTreeMap<ServiceId, Meeting>>);
+
+impl Meetings {
+    /// Gives a meeting up.
+    pub(super) fn end(&self, service: &ServiceId) {
+        if let Some((_, meeting)) = self.take(service) {
+            meeting.abort();
+        }
+    }
+
+    fn take(&self, service: &ServiceId) -> Option<Meeting> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(service)
+    }
 }
 
 impl Machine {
@@ -135,6 +188,15 @@ impl Machine {
         })
     }
 
+    /// What is told of a snapshot with the hand-over.
+    fn beginning(&self, service: &ServiceId, state: &Snapshot) -> anyhow::Result<Option<Beginning>> {
+        let Some(manifest) = find(&self.images.store, service, &state.digest)? else { return Ok(None) };
+        let (known, _) = verify(&manifest, std::slice::from_ref(&state.signer))?;
+        let first = self.images.store.chunk(&known.memory.first.digest)?;
+        let fits = manifest.manifest.len() + first.len() <= BEGINNING_MAX;
+        Ok(fits.then(|| Beginning { manifest, first: STANDARD.encode(first) }))
+    }
+
     async fn meet(self: &Arc<Self>, to: &str, service: &ServiceId, asker: &Taker) -> anyhow::Result<Answer> {
         let (held, turn) = match self.held_for(to, service).await? {
             Ok(here) => here,
@@ -176,6 +238,8 @@ impl Machine {
             Err(Refused::Elsewhere { to, .. } | Refused::Promised { to }) => bail!("it went to {to}, by no known way"),
             Err(refused) => return Err(refused.into()),
         };
+        // Where it went it is most often taken back from.
+        self.warm_peer(asker.serving)?;
         let epoch = held.tenure.epoch;
         tracing::info!(%service, to, epoch, pages = took.pages, "handed over");
         // Its guest stands still and never runs again here; the asker need not wait for its process to end.
@@ -186,7 +250,11 @@ impl Machine {
                 tracing::warn!(service = %left, error = format!("{e:#}"), "what is left of it stays for now");
             }
         });
-        Ok(Answer::Handed { epoch, state: State::of(&held), relay, took })
+        let begin = match &held.state {
+            Some(state) => self.beginning(service, state)?.map(Box::new),
+            None => None,
+        };
+        Ok(Answer::Handed { epoch, state: State::of(&held), begin, relay, took })
     }
 
     /// From Saving to Handed, or back where it cannot be saved.
@@ -251,7 +319,12 @@ impl Machine {
                         self.hand_on(&service, held).await?;
                         self.leave(&service).await
                     }
-                    Part::Handed { .. } => self.leave(&service).await,
+                    Part::Handed { .. } => {
+                        if let Some(taker) = &held.taker {
+                            self.warm_peer(taker.serving)?;
+                        }
+                        self.leave(&service).await
+                    }
                     Part::Held => {
                         let runs = self.cell_of(&service).and_then(|r| self.find_vm(&r, &process::all()));
                         if let (Some(_), Some(built)) = (runs, self.images.known(&held.image)) {
@@ -319,52 +392,106 @@ impl Machine {
                 .await
                 .with_context(|| format!("{at} does not hand {service} over"))?
             {
-                Got::Taken(taken) => return Ok(*taken),
+                Got::Here(taken) => return Ok(taken),
                 Got::Elsewhere(next) => at = next,
             }
         }
         bail!("{HOPS_MAX} machines say that another one has {service}; ask again when it has stopped moving")
     }
 
-    async fn take_from(self: &Arc<Self>, record: &Record, built: &Arc<Known>, at: SocketAddr) -> anyhow::Result<Got> {
-        let began = Instant::now();
-        let (service, guest) = (&record.spec.instance.service, &built.manifest.guest);
+    /// Begins to meet the machine from which the singleton of a cell that is being built is to be taken, if there is one.
+    pub(super) fn begin_meeting(self: &Arc<Self>, record: &Record, built: &Arc<Known>) {
+        let service = record.spec.instance.service.clone();
+        let Some(Singleton::Take(at)) = record.spec.singleton else { return };
+        if self.tenures.get(&service).is_some_and(|held| held.holds().is_some()) {
+            return;
+        }
+        let (machine, part, built) = (self.clone(), record.clone(), built.clone());
+        let meeting = tokio::spawn(async move { machine.meet_at(&part, &built, at).await });
+        self.meetings.end(&service);
+        self.meetings.0.lock().unwrap_or_else(PoisonError::into_inner).insert(service, (at, meeting));
+    }
+
+    /// Learns what is needed to take a singleton, while it runs on; what it runs from is here then.
+    async fn meet_at(
+        self: &Arc<Self>,
+        record: &Record,
+        built: &Arc<Known>,
+        at: SocketAddr,
+    ) -> anyhow::Result<Got<Met>> {
+        let service = &record.spec.instance.service;
         let serving = self.config.transfer_listen.context("a machine without transfer_listen takes no singletons")?;
         if at == serving {
             bail!("it is asked for at this machine, which does not have it; name the one that does");
         }
+        // While it is met: what is pushed when it stops is not to wait for a window that grows.
+        self.warm_peer(at)?;
         let before = self.tenures.get(service);
         let end = self.relay_in(record, at).await?;
         let asker = Taker { serving, relay: end.as_ref().map(|(_, own)| own.clone()) };
-        let known = match self.ask(at, &Question::Meet { service: service.clone(), asker: asker.clone() }).await? {
-            Answer::Elsewhere { at } => return Ok(Got::Elsewhere(at)),
-            Answer::Meets { state, relay } => {
-                let held = self.held_by(at, &state, Tenure::first(), before.as_ref());
-                let meets = async {
-                    match (&end, &relay) {
-                        (Some((way, _)), Some(relay)) => self.relay_meets(record, *way, relay).await,
-                        _ => Ok(()),
-                    }
-                };
-                // What is sent before both ends have shaken hands waits in the one that sends it.
-                tokio::try_join!(self.bring_before(service, &held, before.as_ref(), built), meets)?;
-                state.snapshot
-            }
-            Answer::Handed { .. } => bail!("it answers what it was not asked"),
+        let (state, theirs) =
+            match self.ask(at, &Question::Meet { service: service.clone(), asker: asker.clone() }).await? {
+                Answer::Elsewhere { at } => return Ok(Got::Elsewhere(at)),
+                Answer::Meets { state, relay } => (state, relay),
+                Answer::Handed { .. } => bail!("it answers what it was not asked"),
+            };
+        let relay = end.map(|(way, _)| way).zip(theirs);
+        let mut up = JoinSet::new();
+        if let Some((way, theirs)) = &relay
+            && let Some(end) = self.relay_known(record, *way, theirs)?
+        {
+            // Beside what follows: what is sent before both ends have shaken hands waits in the one that sends it.
+            let (machine, part, way) = (self.clone(), record.clone(), *way);
+            up.spawn(async move {
+                machine.until_founded(&part).await?;
+                machine.start_relay(&part, way, &end).await
+            });
+        }
+        let held = self.held_by(at, &state, Tenure::first(), before.as_ref());
+        self.bring_before(service, &held, before.as_ref(), built).await?;
+        Ok(Got::Here(Met { state, relay, asker, up }))
+    }
+
+    async fn take_from(
+        self: &Arc<Self>,
+        record: &Record,
+        built: &Arc<Known>,
+        at: SocketAddr,
+    ) -> anyhow::Result<Got<Taken>> {
+        let began = Instant::now();
+        let (service, guest) = (&record.spec.instance.service, &built.manifest.guest);
+        let begun = match self.meetings.take(service).filter(|(with, _)| *with == at) {
+            Some((_, meeting)) => meeting.await.context("the meeting was cut off")?.map(Some).unwrap_or_else(|e| {
+                tracing::debug!(%service, error = format!("{e:#}"), "met again");
+                None
+            }),
+            None => None,
         };
-        let met = began.elapsed();
+        let met = match begun {
+            Some(met) => met,
+            None => self.meet_at(record, built, at).await?,
+        };
+        let Met { state: known, relay, asker, mut up } = match met {
+            Got::Here(met) => met,
+            Got::Elsewhere(at) => return Ok(Got::Elsewhere(at)),
+        };
+        let (known, met) = (known.snapshot, began.elapsed());
+        let before = self.tenures.get(service);
         // Before the holder sends packets here: they wait at the tap until the guest reads it.
-        let tap = self.open_tap(&record.spec.instance)?;
-        let way = end.as_ref().map(|(way, _)| *way);
+        let tap = match self.earlies.has(service) {
+            true => None,
+            false => Some(self.open_tap(&record.spec.instance)?),
+        };
+        let way = relay.as_ref().map(|(way, _)| *way);
         let was_away = self.relays(record)?.away;
         self.guest_expected(record, guest, way)?;
         let asked = self.ask(at, &Question::Hand { service: service.clone(), asker }).await;
         if was_away && !matches!(asked, Ok(Answer::Handed { .. })) {
             self.guest_goes(record, guest, true)?;
         }
-        let (epoch, state, relay, took) = match asked? {
+        let (epoch, state, begin, relay, took) = match asked? {
             Answer::Elsewhere { at } => return Ok(Got::Elsewhere(at)),
-            Answer::Handed { epoch, state, relay, took } => (epoch, state, relay, took),
+            Answer::Handed { epoch, state, begin, relay, took } => (epoch, state, begin, relay, took),
             Answer::Meets { .. } => bail!("it answers what it was not asked"),
         };
         let tenure = match Tenure::take(before.as_ref().map(|b| &b.tenure), epoch) {
@@ -379,8 +506,18 @@ impl Machine {
         let mut held = self.held_by(at, &state, tenure, before.as_ref());
         held.before = known.filter(|k| Some(k) != held.state.as_ref()).or(held.before);
         self.tenures.write(service, &held)?;
+        if let Some(begin) = begin {
+            self.keep_beginning(service, &held, &begin)?;
+        }
+        while let Some(started) = up.join_next().await {
+            if let Err(e) = started.context("it was cut off").and_then(|started| started) {
+                tracing::warn!(%service, error = format!("{e:#}"), "no relay: connections to it end");
+            }
+        }
         if let (Some(way), Some(relay)) = (way, &relay) {
-            self.relay_meets(record, way, relay).await?;
+            if let Some(end) = self.relay_known(record, way, relay)? {
+                self.start_relay(record, way, &end).await?;
+            }
             self.mind_relay(record, way, at);
         }
         tracing::info!(
@@ -395,7 +532,7 @@ impl Machine {
             pages = took.pages,
             "taken"
         );
-        Ok(Got::Taken(Box::new(Taken { held, tap })))
+        Ok(Got::Here(Taken { held, tap }))
     }
 
     /// Says so if the relay to where the guest was does not come up.

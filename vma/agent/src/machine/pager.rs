@@ -69,7 +69,12 @@ pub struct View {
 
 impl Pager {
     fn config(&self) -> PathBuf {
-        self.folder.join("pager.json")
+        config(&self.folder)
+    }
+
+    /// Where guests find their disks.
+    pub fn disk_socket(&self) -> PathBuf {
+        self.folder.join(DISK)
     }
 
     pub fn control(&self) -> PathBuf {
@@ -86,14 +91,12 @@ impl Pager {
     }
 
     fn disks(&self) -> DisksConfig {
-        DisksConfig { dir: self.folder.clone(), socket: self.folder.join(DISK) }
+        DisksConfig { dir: self.folder.clone(), socket: self.disk_socket() }
     }
 
     /// Its process, if it runs.
     pub fn find(&self) -> Option<Process> {
-        let config = self.config();
-        let config = config.to_str();
-        process::all().into_iter().find(|p| p.arguments.iter().any(|a| a == "pager") && p.value("--config") == config)
+        find(&self.folder)
     }
 
     /// Has it serve the guest's memory, waiting for it as long as it may take to come back.
@@ -131,14 +134,6 @@ impl Pager {
     /// It does not come up.
     pub async fn up(&self) -> anyhow::Result<()> {
         self.until(|s| s.is_some()).await
-    }
-
-    /// Waits until what a guest needs before it runs is in memory.
-    ///
-    /// # Errors
-    /// Why it does not come.
-    pub async fn critical(&self) -> anyhow::Result<()> {
-        self.until(|s| s.is_some_and(|s| s.critical)).await
     }
 
     async fn until(&self, come: impl Fn(Option<&Status>) -> bool) -> anyhow::Result<()> {
@@ -182,16 +177,20 @@ impl Machine {
         if let Some(pager) = pagers.get(&memory.dir) {
             return pager.clone();
         }
-        let folder = match &one {
-            Some(one) => self.config.state_dir.join("pagers").join(one.service.as_str()),
-            None => self.pager_folder(known),
-        };
-        let pager =
-            Arc::new(Pager { known: known.clone(), folder, memory, one, view: watch::Sender::new(View::default()) });
+        let pager = Arc::new(self.new_pager(known, memory, one));
         pagers.insert(pager.memory.dir.clone(), pager.clone());
         let (machine, guarded) = (self.clone(), pager.clone());
         tokio::spawn(async move { machine.guard(&guarded).await });
         pager
+    }
+
+    /// A pager that nobody guards.
+    pub(super) fn new_pager(&self, known: &Arc<Known>, memory: Folder, one: Option<One>) -> Pager {
+        let folder = match &one {
+            Some(one) => self.singles_folder(&one.service),
+            None => self.pager_folder(known),
+        };
+        Pager { known: known.clone(), folder, memory, one, view: watch::Sender::new(View::default()) }
     }
 
     /// Takes up again the pagers whose guests were found at the start.
@@ -207,6 +206,11 @@ impl Machine {
     /// Where the pager of an image has its files but memory.
     pub(super) fn pager_folder(&self, known: &Known) -> PathBuf {
         self.config.state_dir.join("pagers").join(known.short())
+    }
+
+    /// Where the pager of a singleton has its files but memory.
+    pub(super) fn singles_folder(&self, service: &ServiceId) -> PathBuf {
+        self.config.state_dir.join("pagers").join(service.as_str())
     }
 
     /// Images whose guests still depend on what their pager brings.
@@ -247,8 +251,20 @@ impl Machine {
     }
 
     pub(super) async fn start_pager(&self, pager: &Pager) -> anyhow::Result<Process> {
+        self.memory.prepare(&pager.memory, &pager.known)?;
+        self.tell_pager(pager, true).await?;
+        // What comes over this daemon's warm connections the pager looks for in the store.
+        let pushed = pager.one.is_some() || self.images.at(&pager.known.manifest.name, Level::Critical).is_none();
+        self.spawn_pager(pager, pushed).await
+    }
+
+    /// Writes down what a pager is told: its configuration and its image; or, without `image`, the one that its image
+    /// will have begun from.
+    ///
+    /// # Errors
+    /// There is no key for a sealed image, or no room.
+    pub(super) async fn tell_pager(&self, pager: &Pager, image: bool) -> anyhow::Result<()> {
         let known = &pager.known;
-        self.memory.prepare(&pager.memory, known)?;
         let key = match self.owner_key(known).await? {
             Some(key) => {
                 memory::write_key(&pager.memory.key(), &key)?;
@@ -258,16 +274,14 @@ impl Machine {
         };
         make_folder(&pager.folder)?;
         let manifest = pager.folder.join("manifest.json");
-        crate::replace(&manifest, &serde_json::to_vec(&known.signed)?)
-            .with_context(|| format!("cannot write {}", manifest.display()))?;
-        let disks = known.manifest.part(PartKind::Disk);
-        let disks = disks.map(|_| pager.disks());
+        let before = (!image).then(|| pager.folder.join("before.json"));
         let config = Config {
-            image: manifest,
+            image: manifest.clone(),
+            before: before.clone(),
             // A snapshot was believed by its digest, not by its signer.
             signers: vec![known.signed.signer.clone()],
             memory: pager.memory.memory(),
-            disks,
+            disks: known.manifest.part(PartKind::Disk).map(|_| pager.disks()),
             control: pager.control(),
             key,
             store: self.images.store.dir().to_owned(),
@@ -286,11 +300,18 @@ impl Machine {
         };
         crate::replace(&pager.config(), &serde_json::to_vec_pretty(&config)?)
             .with_context(|| format!("cannot write {}", pager.config().display()))?;
+        // Last: one that awaits its image reads its configuration anew when it is there.
+        let image = before.unwrap_or(manifest);
+        crate::replace(&image, &serde_json::to_vec(&known.signed)?)
+            .with_context(|| format!("cannot write {}", image.display()))
+    }
+
+    /// Starts a pager that was told what to do. `pushed`: what is needed first is being put into the store.
+    pub(super) async fn spawn_pager(&self, pager: &Pager, pushed: bool) -> anyhow::Result<Process> {
         let log =
             std::fs::File::create(pager.log()).with_context(|| format!("cannot write {}", pager.log().display()))?;
         let mut command = tokio::process::Command::new(&self.program);
-        if pager.one.is_some() || self.images.at(&known.manifest.name, Level::Critical).is_none() {
-            // It comes over this daemon's warm connections; the pager looks for it in the store.
+        if pushed {
             command.env(PUSHED_VARIABLE, PUSHED_MS.to_string());
         }
         let child = command
@@ -306,6 +327,17 @@ impl Machine {
         // Dropped, not waited for: the runtime collects it when it ends.
         process::started(&child).await.with_context(|| format!("it said: {:?}", process::tail(&pager.log())))
     }
+}
+
+fn config(folder: &Path) -> PathBuf {
+    folder.join("pager.json")
+}
+
+/// The pager whose files are in a folder, if it runs.
+pub fn find(folder: &Path) -> Option<Process> {
+    let config = config(folder);
+    let config = config.to_str();
+    process::all().into_iter().find(|p| p.arguments.iter().any(|a| a == "pager") && p.value("--config") == config)
 }
 
 /// Makes a pager's folder. The one above it is its owner's; into this one a guest's QEMU, which is nobody, comes by a

@@ -179,21 +179,37 @@ impl Machine {
         Ok(Some(own))
     }
 
-    /// Notes what the other machine's end is, and has ours run.
+    /// Notes what the other machine's end is; answers with ours if that is to be started, with [`Machine::start_relay`].
     ///
     /// # Errors
-    /// It cannot be written down, or does not start.
-    pub(super) async fn relay_meets(&self, record: &Record, way: Way, peer: &Offer) -> anyhow::Result<()> {
+    /// It cannot be written down, or the relay is none that brings a guest.
+    pub(super) fn relay_known(&self, record: &Record, way: Way, peer: &Offer) -> anyhow::Result<Option<End>> {
         let mut ends = self.relays(record)?;
         let Way::In(n) = way else { bail!("only a guest that comes is met") };
         let end = ends.ins.get_mut(&n).with_context(|| format!("relay {n} of the cell is gone"))?;
         if end.peer.as_ref() == Some(peer) && self.relay_path(record, way, "json").exists() {
-            return Ok(());
+            return Ok(None);
         }
         end.peer = Some(peer.clone());
         let end = end.clone();
         self.write_relays(record, &ends)?;
-        self.start_relay(record, way, &end).await
+        Ok(Some(end))
+    }
+
+    /// Waits until there is a namespace for a relay's device: a cell is built meanwhile.
+    ///
+    /// # Errors
+    /// There is none for long.
+    pub(super) async fn until_founded(&self, record: &Record) -> anyhow::Result<()> {
+        let namespace = netns::path(&self.namespace(&record.spec.instance));
+        let deadline = Instant::now() + DEVICE_LIMIT;
+        while !namespace.exists() {
+            if Instant::now() > deadline {
+                bail!("the cell of {} is not there", record.spec.instance);
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
     }
 
     /// Waits until packets pass, or the time is over; answers whether they do.
@@ -220,11 +236,12 @@ impl Machine {
     /// It cannot be written down, or the rules are not taken.
     pub(super) fn guest_expected(&self, record: &Record, guest: &GuestSpec, latest: Option<Way>) -> anyhow::Result<()> {
         let mut ends = self.relays(record)?;
+        let fresh = ends.comings == 0 && ends.out.is_none();
         ends.away = false;
         ends.comings = ends.comings.wrapping_add(1);
         ends.latest = latest.and_then(|way| if let Way::In(n) = way { Some(n) } else { None });
         self.write_relays(record, &ends)?;
-        self.relay_ways(record, guest, &ends)
+        self.relay_ways(record, guest, &ends, fresh)
     }
 
     /// The guest has come: the relay to where it was is not needed any more, and the next hand-over has new keys.
@@ -257,15 +274,10 @@ impl Machine {
     }
 
     fn guest_way(&self, record: &Record, guest: &GuestSpec, away: bool) -> anyhow::Result<()> {
-        let (name, to) = (self.namespace(&record.spec.instance), guest.address);
-        if away {
-            return Ok(netns::ip_batch(Some(&name), &[format!("route replace {to}/32 dev {RELAY_OUT}")])?);
-        }
-        // Often there is none.
-        let _ = netns::ip_batch(Some(&name), &[format!("route del {to}/32 dev {RELAY_OUT}")]);
-        // It is not asked for: what comes for it waits until it wakes.
-        let near = format!("neigh replace {to} lladdr {} dev {BRIDGE} nud permanent", guest.mac);
-        Ok(netns::ip_batch(Some(&name), &[near])?)
+        let name = self.namespace(&record.spec.instance);
+        let (old, new) = guest_way(guest, away);
+        netns::ip_tries(Some(&name), &old)?;
+        Ok(netns::ip_batch(Some(&name), &new)?)
     }
 
     /// Has everything be as it is written down: after a restart, or when a relay ended.
@@ -281,7 +293,7 @@ impl Machine {
                 self.start_relay(record, way, end).await?;
             }
         }
-        if lame { self.relay_ways(record, guest, &ends) } else { Ok(()) }
+        if lame { self.relay_ways(record, guest, &ends, false) } else { Ok(()) }
     }
 
     /// Ends the relays of a cell that is taken down.
@@ -295,26 +307,31 @@ impl Machine {
         Ok(())
     }
 
-    /// Rules and routes of a cell's relays. The devices are there; one that is not yet gets its routes when it is.
-    fn relay_ways(&self, record: &Record, guest: &GuestSpec, ends: &Ends) -> anyhow::Result<()> {
+    /// Rules and routes of a cell's relays. The way back through each is made with its device. `fresh`: there are none
+    /// yet that would be in the way.
+    fn relay_ways(&self, record: &Record, guest: &GuestSpec, ends: &Ends, fresh: bool) -> anyhow::Result<()> {
         let name = self.namespace(&record.spec.instance);
         let ins: Vec<u8> = ends.ins.iter().filter(|(_, end)| end.peer.is_some()).map(|(n, _)| *n).collect();
         let with = |out: &End| ends.ins.iter().find(|(_, end)| end.with == out.with).map(|(n, _)| *n);
         let opposite = ends.out.as_ref().and_then(with);
         let (comings, out) = (ends.comings, ends.out.is_some());
         let relays = Relays { guest: guest.address, ports: &guest.ports, ins: &ins, opposite, comings, out };
-        cell::nft(&netns::path(&name), &relay_rules(&relays))?;
-        for n in ins {
-            let [nowhere, back] = relay_routes(n);
-            let rule = relay_route_rule(n);
-            // It may be there already.
-            let _ = netns::ip_batch(Some(&name), &[format!("rule del {rule}")]);
-            netns::ip_batch(Some(&name), &[nowhere, format!("rule add {rule}")])?;
-            if let Err(e) = netns::ip_batch(Some(&name), &[back]) {
-                tracing::debug!(relay = n, error = %e, "its device is not there yet");
-            }
+        let (mut old, mut new) = guest_way(guest, ends.away);
+        old.extend(ins.iter().map(|n| format!("rule del {}", relay_route_rule(*n))));
+        if fresh {
+            old.clear();
         }
-        self.guest_way(record, guest, ends.away)
+        for n in &ins {
+            let [nowhere, _] = relay_routes(*n);
+            new.extend([nowhere, format!("rule add {}", relay_route_rule(*n))]);
+        }
+        // Beside each other: either program takes some milliseconds to start, and a guest may stand still.
+        std::thread::scope(|scope| {
+            let rules = scope.spawn(|| cell::nft(&netns::path(&name), &relay_rules(&relays)));
+            netns::ip_tries(Some(&name), &old)?;
+            netns::ip_batch(Some(&name), &new)?;
+            rules.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 
     fn relay_path(&self, record: &Record, way: Way, extension: &str) -> PathBuf {
@@ -351,8 +368,12 @@ impl Machine {
         Ok(Some(Offer { at: SocketAddrV4::new(*serving.ip(), port), key }))
     }
 
-    /// Starts a relay that does not run, or runs with something else, and waits until its device is there.
-    async fn start_relay(&self, record: &Record, way: Way, end: &End) -> anyhow::Result<()> {
+    /// Starts a relay that does not run, or runs with something else, and waits until its device is there; then what
+    /// came by it finds its way back.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub(super) async fn start_relay(&self, record: &Record, way: Way, end: &End) -> anyhow::Result<()> {
         let Some(peer) = &end.peer else { return Ok(()) };
         let (config, status, log) = (
             self.relay_path(record, way, "toml"),
@@ -398,6 +419,10 @@ impl Machine {
             }
             tokio::time::sleep(LOOK).await;
         }
+        if let Way::In(n) = way {
+            let [_, back] = relay_routes(n);
+            netns::ip_batch(Some(&self.namespace(&record.spec.instance)), &[back])?;
+        }
         Ok(())
     }
 
@@ -416,6 +441,17 @@ impl Machine {
             None => Ok(()),
         }
     }
+}
+
+/// What `ip` is told so that packets for the guest go where it is: what may not be there to be removed, and what is to be.
+fn guest_way(guest: &GuestSpec, away: bool) -> (Vec<String>, Vec<String>) {
+    let to = guest.address;
+    if away {
+        return (Vec::new(), vec![format!("route replace {to}/32 dev {RELAY_OUT}")]);
+    }
+    // It is not asked for: what comes for it waits until it wakes.
+    let near = format!("neigh replace {to} lladdr {} dev {BRIDGE} nud permanent", guest.mac);
+    (vec![format!("route del {to}/32 dev {RELAY_OUT}")], vec![near])
 }
 
 fn all(ends: &Ends) -> impl Iterator<Item = (Way, &End)> {

@@ -10,9 +10,11 @@
 //! Of a singleton the store keeps the snapshot it is held with and the one before: of those another machine needs only
 //! what changed.
 
+mod early;
 mod run;
 mod save;
 
+pub use early::Earlies;
 pub use run::Peers;
 pub use save::Took;
 

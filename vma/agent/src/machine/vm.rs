@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! spawn ──────────────────────────────┐
-//! manifest ─▶ first table, device state ─▶ memory served ─▶ load state ─▶ cont ─▶ reseed, clock ─▶ healthy ─▶ ports open
+//! manifest ─▶ first table, device state ─▶ memory served ─▶ load state ─▶ cont ─▶ reseed, clock ─▶ ports open, healthy
 //!                                 └─ working set, in the order in which the guest touches it ─ ─ ─ ─▶ the rest ─ ─ ─ ▶
 //! ```
 //! The guest does not wait for its working set but runs into it: what it touches next is what comes next.
 //!
-//! Ports open last: before the guest was awakened, two clones would give out the same random bytes.
+//! Ports open when the guest was awakened: before, two clones would give out the same random bytes. They need not wait
+//! for its health: nothing is advertised that was not seen healthy.
 
 use super::image::{Known, Level};
 use super::process::{self, Process};
@@ -87,7 +88,6 @@ impl Machine {
             self.images.look_again(&record.spec.image);
             return Err(e);
         }
-        cell::nft(&inside, &open(&record.spec.ports))?;
         self.forgive(instance);
         let took = now().since(began);
         self.records.note(instance, Phase::Healthy, Some(took))?;
@@ -130,7 +130,7 @@ impl Machine {
             self.awaken(instance, &sockets).await?;
         }
         let awake = began.elapsed();
-        self.until_healthy(instance, known, &vm, &sockets).await?;
+        tokio::try_join!(self.open_ports(&record), self.until_healthy(instance, known, &vm, &sockets))?;
         tracing::info!(
             %instance,
             spawned_ms = spawned.as_millis(),
@@ -142,6 +142,16 @@ impl Machine {
             "woken"
         );
         Ok(())
+    }
+
+    /// Opens the ports of a guest that was awakened: nobody is sent to it before it was seen healthy, and who comes all the
+    /// same need not wait for that.
+    ///
+    /// # Errors
+    /// The rules are not taken.
+    pub(super) async fn open_ports(&self, record: &Record) -> anyhow::Result<()> {
+        let (inside, rules) = (netns::path(&self.namespace(&record.spec.instance)), open(&record.spec.ports));
+        tokio::task::spawn_blocking(move || cell::nft(&inside, &rules)).await?
     }
 
     /// Waits for the first right answer of a guest that was resumed.

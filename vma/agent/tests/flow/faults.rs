@@ -2,7 +2,7 @@
 
 use crate::network::{MINUTE, Network, ask, assignment, kill, tiny};
 use std::time::{Duration, Instant};
-use vmatrix_vma_image::netns;
+use vmatrix_vma_image::{guest, netns};
 use vmatrix_vma_testing::Small;
 
 /// Wants an instance and answers the reason why it is refused.
@@ -41,7 +41,8 @@ fn machine_a_full_disk_while_staging_is_said_and_nothing_runs() {
     let network = Network::new("d");
     let _small = Small::new(network.dir.path().join("m"), "1m");
     let said = refusal(&network);
-    assert!(said.contains("no space left"), "{said}");
+    // Of a chunk, or of what the machine writes down itself.
+    assert!(said.to_lowercase().contains("no space left"), "{said}");
 }
 
 #[test]
@@ -111,16 +112,13 @@ fn machine_a_guest_whose_memory_stops_coming_is_ended_and_that_is_said() {
         network.start("machine");
         tokio::time::sleep(Duration::from_millis(1500)).await;
         network.first_byte(&assignment(1, Some(1))).await;
-        let (cell, qemu) = (network.slots()[0], network.qemu());
+        let qemu = network.qemu();
         source.abort();
         let _ = source.await;
-        // What it has not touched yet does not come.
-        let asking = tokio::spawn(async move {
-            loop {
-                ask(cell, 80).await;
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        });
+        // What it has not touched yet does not come. Requests touch what was recorded of them; this looks at the kernel's
+        // accounts of all memory.
+        let agent = network.dir.path().join("m/cells/tiny-0/agent");
+        let asking = tokio::spawn(async move { guest::kinds(&agent).await });
         network.until("leaving rotation", MINUTE, |h| h.slots().is_empty()).await;
         asking.abort();
         let began = Instant::now();

@@ -9,7 +9,7 @@ use crate::chunks::{Cutter, is_zero};
 use crate::error::{Error, Result, io};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -95,7 +95,7 @@ fn kinds(
     read: &Read,
 ) -> Result<Vec<Kind>> {
     // A page of the working set that the parent has among its rest is packed anew: it would bring its neighbours.
-    let early: BTreeSet<u32> = order.iter().copied().collect();
+    let early = marked(pages as usize, order.iter().copied());
     let parents_working_set = parent.map_or(0, |p| p.map.working_set() as u32);
     let mut kinds: Vec<Option<Kind>> = (0..pages)
         .map(|page| {
@@ -112,7 +112,7 @@ fn kinds(
         for page in run {
             let Some(kind) = kinds.get_mut(page as usize) else { continue };
             let anew = matches!(kind, Some(Kind::Parent(pack)) if *pack >= parents_working_set);
-            if kind.is_none() || anew && early.contains(&page) {
+            if kind.is_none() || anew && has(&early, page) {
                 read(page, &mut bytes)?;
                 *kind = Some(if is_zero(&bytes) { Kind::Zero } else { Kind::Own });
             }
@@ -156,36 +156,54 @@ struct Plan {
 impl Plan {
     fn new(kinds: &[Kind], order: &[u32], parent: Option<&Parent>) -> Plan {
         let parents_working_set = parent.map_or(0, |p| p.map.working_set() as u32);
-        let mut seen = BTreeSet::new();
+        let mut seen = vec![false; kinds.len()];
         let (mut kept_first, mut first) = (Vec::new(), Vec::new());
-        let mut again = BTreeSet::new();
-        for page in order.iter().copied().filter(|p| seen.insert(*p)) {
+        // Packs of the parent that are kept, and are in one of the lists.
+        let mut kept = vec![false; parent.map_or(0, |p| p.map.packs().len())];
+        for page in order.iter().copied().filter(|p| mark(&mut seen, *p)) {
             match kinds.get(page as usize) {
                 Some(Kind::Own) => first.push(page),
-                Some(Kind::Parent(pack)) if *pack < parents_working_set && again.insert(*pack) => {
+                Some(Kind::Parent(pack)) if *pack < parents_working_set && mark(&mut kept, *pack) => {
                     kept_first.push(*pack)
                 }
                 // Zero, or not in the file yet: it waits where the parent has it.
                 _ => {}
             }
         }
-        let early: BTreeSet<u32> = first.iter().copied().collect();
+        let early = marked(kinds.len(), first.iter().copied());
         let mut new: Vec<Vec<u32>> = first.chunks(WORKING_SET_PAGES).map(<[u32]>::to_vec).collect();
         let working_set = new.len();
         let mut blocks: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        let mut kept_rest = BTreeSet::new();
+        let mut kept_rest = Vec::new();
         for (page, kind) in (0u32..).zip(kinds) {
             match kind {
-                Kind::Own if !early.contains(&page) => blocks.entry(page / REST_PAGES).or_default().push(page),
-                Kind::Parent(pack) if !again.contains(pack) => {
-                    kept_rest.insert(*pack);
-                }
+                Kind::Own if !has(&early, page) => blocks.entry(page / REST_PAGES).or_default().push(page),
+                Kind::Parent(pack) if mark(&mut kept, *pack) => kept_rest.push(*pack),
                 _ => {}
             }
         }
         new.extend(blocks.into_values());
-        Plan { kept_first, kept_rest: kept_rest.into_iter().collect(), new, working_set }
+        kept_rest.sort_unstable();
+        Plan { kept_first, kept_rest, new, working_set }
     }
+}
+
+/// Marks by number, of as many as there are: all of a guest's pages are looked through while it stands still.
+fn marked(count: usize, numbers: impl Iterator<Item = u32>) -> Vec<bool> {
+    let mut marks = vec![false; count];
+    for number in numbers {
+        mark(&mut marks, number);
+    }
+    marks
+}
+
+/// Sets a mark; answers whether it was not set. One past the end is none.
+fn mark(marks: &mut [bool], number: u32) -> bool {
+    marks.get_mut(number as usize).is_some_and(|mark| !std::mem::replace(mark, true))
+}
+
+fn has(marks: &[bool], number: u32) -> bool {
+    marks.get(number as usize).copied().unwrap_or(false)
 }
 
 /// A pack of the parent, with the slots that still count.

@@ -9,7 +9,7 @@
 
 use super::{Held, Snapshot, find, free_name, trust};
 use crate::machine::fetch::AT_ONCE;
-use crate::machine::hand::Taken;
+use crate::machine::hand::{Beginning, Taken};
 use crate::machine::image::{Known, Level};
 use crate::machine::memory::Folder;
 use crate::machine::pager::{One, Pager};
@@ -17,24 +17,29 @@ use crate::machine::process::{self, Process};
 use crate::machine::record::{Phase, Record};
 use crate::machine::spawn::{self, Sockets};
 use crate::machine::vm::{CRITICAL_LIMIT, RESUME_LIMIT, fits};
-use crate::machine::{Machine, cell, memory, survey};
+use crate::machine::{Machine, memory, survey};
 use crate::now;
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use futures_util::TryStreamExt;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
 use vmatrix_model::assignment::Singleton;
 use vmatrix_model::{InstanceId, ServiceId};
-use vmatrix_vma_core::cell::{BRIDGE, TAP, open};
+use vmatrix_vma_core::cell::{BRIDGE, TAP};
 use vmatrix_vma_core::tenure::{Part, Tenure};
-use vmatrix_vma_image::chunks::Need;
+use vmatrix_vma_image::chunks::{self, Need};
 use vmatrix_vma_image::machine::is_imported;
 use vmatrix_vma_image::qmp::Qmp;
 use vmatrix_vma_image::seal::OwnerKey;
+use vmatrix_vma_image::sign::verify;
 use vmatrix_vma_image::{guest, netns};
 use vmatrix_vma_pager::Control;
 use vmatrix_vma_transfer::{Ask, Class, ImageRef, Limits, Pushed, Sources};
@@ -54,6 +59,12 @@ pub enum Run {
     Runs,
     /// It stands still, or was saved.
     Stands,
+}
+
+/// What comes behind a manifest.
+enum Push {
+    Begun(Option<Pushed>),
+    Opening(JoinHandle<Option<Pushed>>),
 }
 
 impl Machine {
@@ -82,11 +93,10 @@ impl Machine {
         let woken = tokio::time::timeout_at(deadline, woken).await;
         let woken = woken.unwrap_or_else(|_| bail!("{instance} was not healthy after {} s", RESUME_LIMIT.as_secs()));
         if let Err(e) = woken {
+            self.end_early(service).await?;
             self.undo_resume(record).await?;
             return Err(e);
         }
-        let inside = netns::path(&self.namespace(instance));
-        cell::nft(&inside, &open(&record.spec.ports))?;
         self.forgive(instance);
         let took = now().since(began);
         self.records.note(instance, Phase::Healthy, Some(took))?;
@@ -107,7 +117,7 @@ impl Machine {
 
     /// Has this machine hold the singleton: it does already, begins it, or takes it.
     async fn hold(self: &Arc<Self>, record: &Record, built: &Arc<Known>) -> anyhow::Result<(Held, Option<OwnedFd>)> {
-        let taken = |taken: Taken| (taken.held, Some(taken.tap));
+        let taken = |taken: Taken| (taken.held, taken.tap);
         let service = &record.spec.instance.service;
         let from = record.spec.singleton.with_context(|| format!("{service} is no singleton"))?;
         match (self.tenures.get(service), from) {
@@ -160,12 +170,13 @@ impl Machine {
     ) -> anyhow::Result<()> {
         let began = Instant::now();
         let instance = &record.spec.instance;
-        let (known, pushed) = self.state(&instance.service, held, built).await?;
+        let (known, push) = self.begin_state(&instance.service, held, built).await?;
         let opened = began.elapsed();
         let latest = self.relays(record)?.latest;
-        let mut running = self.find_vm(record, &process::all());
-        if running.is_some() && self.run(record).await? == Run::Waits {
-            // Half begun when this daemon ended: it has not run.
+        let early = self.use_early(instance, &known, held).await?;
+        let mut running = self.find_vm(record, &process::all()).filter(|_| early.is_none());
+        if running.is_some() && (record.phase == Phase::Ready || self.run(record).await? == Run::Waits) {
+            // Made for a guest that did not come, or half begun when this daemon ended: it has not run.
             self.end_vm(instance).await?;
             running = None;
         }
@@ -177,7 +188,10 @@ impl Machine {
                     anyhow::Error::new(e).context(format!("QEMU of {instance} said: {:?}", spawn::words(&sockets)))
                 };
                 let spawn = async {
-                    let (pager, vm) = self.begin_run(record, held, &known, tap).await?;
+                    let (pager, vm) = match early {
+                        Some(early) => early,
+                        None => self.begin_run(record, held, &known, tap).await?,
+                    };
                     let spawned = began.elapsed();
                     let monitor = async { Qmp::connect(&sockets.qmp()).await.map_err(dead) };
                     // Before it loads: every write from then on is one of this run.
@@ -186,15 +200,14 @@ impl Machine {
                         Ok(Control::connect(&pager.control()).await?.protect(vm.pid).await?)
                     };
                     let (monitor, ()) = tokio::try_join!(monitor, adopted)?;
-                    Ok((pager, vm, monitor, spawned, began.elapsed()))
+                    Ok((vm, monitor, spawned, began.elapsed()))
                 };
                 let ship = async {
-                    self.first_bytes(&known, pushed, held).await?;
-                    anyhow::Ok(began.elapsed())
+                    let folder = self.memory.of_singleton(&instance.service);
+                    let device = self.device_file(&known, push, &folder, held).await?;
+                    anyhow::Ok((device, began.elapsed()))
                 };
-                let ((pager, vm, mut monitor, spawned, adopted), shipped) = tokio::try_join!(spawn, ship)?;
-                let device = self.device_file(&known, &pager.memory, held);
-                let (device, ()) = tokio::try_join!(device, pager.critical())?;
+                let ((vm, mut monitor, spawned, adopted), (device, shipped)) = tokio::try_join!(spawn, ship)?;
                 let served = began.elapsed();
                 monitor.load_state(&device).await.map_err(dead)?;
                 tracing::info!(
@@ -225,8 +238,15 @@ impl Machine {
                 .await
                 .with_context(|| format!("the clock of {instance} was not set"))?;
         }
-        self.until_healthy(instance, &known, &vm, &sockets).await?;
-        tracing::info!(%instance, runs_ms = runs.as_millis(), healthy_ms = began.elapsed().as_millis(), "woken");
+        let awake = began.elapsed();
+        tokio::try_join!(self.open_ports(record), self.until_healthy(instance, &known, &vm, &sockets))?;
+        tracing::info!(
+            %instance,
+            runs_ms = runs.as_millis(),
+            awake_ms = awake.as_millis(),
+            healthy_ms = began.elapsed().as_millis(),
+            "woken"
+        );
         Ok(())
     }
 
@@ -242,18 +262,8 @@ impl Machine {
         self.end_run(&instance.service).await?;
         let pager = self.singles_pager(&instance.service, known, held);
         pager.up().await?;
-        let name = self.namespace(instance);
         let tap = tap.map_or_else(|| self.open_tap(instance), Ok)?;
-        let sockets = Sockets::within(self.records.folder(instance));
-        let vm = spawn::Waiting {
-            known,
-            name: &name,
-            sockets: &sockets,
-            memory: &pager.memory,
-            pager: &pager.folder,
-            shared: true,
-        };
-        let vm = vm.spawn(tap).await?;
+        let vm = self.spawn_single(record, known, &pager, tap).await?;
         Ok((pager, vm))
     }
 
@@ -274,7 +284,7 @@ impl Machine {
         if let Some(guest) = self.guests_of(&folder).first() {
             bail!("QEMU {} still has the memory of {service}", guest.pid);
         }
-        self.retire_at(&folder, "its guest has ended").await?;
+        self.clear_away(&self.singles_folder(service), &folder, "its guest has ended").await?;
         self.memory.free(&folder)
     }
 
@@ -340,6 +350,55 @@ impl Machine {
         Err(problem.context(format!("cannot get the state of {service}, snapshot {}", state.digest.short())))
     }
 
+    /// As [`Machine::state`], before what is pushed behind the manifest has begun to come.
+    async fn begin_state(
+        self: &Arc<Self>,
+        service: &ServiceId,
+        held: &Held,
+        built: &Arc<Known>,
+    ) -> anyhow::Result<(Arc<Known>, Push)> {
+        let (known, pushed) = self.state(service, held, built).await?;
+        if pushed.is_some() || self.images.store.has(&known.manifest.device.digest) {
+            return Ok((known, Push::Begun(pushed)));
+        }
+        let (machine, service, held, built) = (self.clone(), service.clone(), held.clone(), built.clone());
+        let opening = tokio::spawn(async move {
+            let state = held.state.as_ref()?;
+            for at in &held.sources {
+                match machine.fetch_state(&service, &held, state, &built, *at).await {
+                    Ok((_, pushed)) => return Some(pushed),
+                    Err(e) => tracing::debug!(%service, error = format!("{e:#}"), "not pushed from there"),
+                }
+            }
+            None
+        });
+        Ok((known, Push::Opening(opening)))
+    }
+
+    /// Keeps what came of a snapshot with the hand-over: believed when it is used, as all that is in the store.
+    ///
+    /// # Errors
+    /// It is of another snapshot, is not signed as it should be, or the store is full.
+    pub(in crate::machine) fn keep_beginning(
+        &self,
+        service: &ServiceId,
+        held: &Held,
+        begin: &Beginning,
+    ) -> anyhow::Result<()> {
+        let store = &self.images.store;
+        let Some(state) = &held.state else { bail!("the beginning of a snapshot came with {service}, which has none") };
+        let (manifest, digest) = verify(&begin.manifest, std::slice::from_ref(&state.signer))?;
+        ensure!(digest == state.digest, "the beginning of another snapshot came with {service}: {}", digest.short());
+        let first = STANDARD.decode(&begin.first).context("its first table is not base64")?;
+        chunks::open(&first, &Need::blob(&manifest.memory.first, false), None)?;
+        store.put_chunk(&manifest.memory.first.digest, &first)?;
+        if find(store, service, &digest)?.is_none() {
+            let others = Held { state: held.before.clone(), before: None, ..held.clone() };
+            store.put_image(&free_name(store, service, &others)?, &begin.manifest)?;
+        }
+        Ok(())
+    }
+
     /// Opens a snapshot at one machine, with what it needs first behind it, and keeps its manifest.
     pub(in crate::machine) async fn fetch_state(
         self: &Arc<Self>,
@@ -358,8 +417,10 @@ impl Machine {
         let opened = tokio::time::timeout(OPEN_LIMIT, peer.open(&ask, std::slice::from_ref(&state.signer))).await;
         let opened = opened.with_context(|| format!("{at} does not answer"))??;
         let known = Arc::new(trust(opened.signed.clone(), state, built, &self.host)?);
-        let (store, name) = (self.images.store.clone(), free_name(&self.images.store, service, held)?);
-        tokio::task::spawn_blocking(move || store.put_image(&name, &opened.signed)).await??;
+        if find(&self.images.store, service, &state.digest)?.is_none() {
+            let (store, name) = (self.images.store.clone(), free_name(&self.images.store, service, held)?);
+            tokio::task::spawn_blocking(move || store.put_image(&name, &opened.signed)).await??;
+        }
         Ok((known, opened.pushed))
     }
 
@@ -398,12 +459,44 @@ impl Machine {
             .await
     }
 
-    async fn device_file(&self, known: &Known, folder: &Folder, held: &Held) -> anyhow::Result<std::path::PathBuf> {
+    /// The guest's device state as a file, beside its memory. What else it needs first goes on coming behind it: the guest
+    /// runs into that, as clones do.
+    async fn device_file(
+        self: &Arc<Self>,
+        known: &Arc<Known>,
+        push: Push,
+        folder: &Folder,
+        held: &Held,
+    ) -> anyhow::Result<PathBuf> {
+        let mut pushed = match push {
+            Push::Begun(pushed) => pushed,
+            Push::Opening(opening) => opening.await.context("the opening was cut off")?,
+        };
         let need = Need::blob(&known.manifest.device, known.manifest.seal.is_some());
-        let key = self.owner_key(known).await?;
-        let plain = self.get_from(held, &need, key.as_ref()).await?;
+        let mut plain = None;
+        while let Some(push) = pushed.as_mut().filter(|_| plain.is_none()) {
+            match tokio::time::timeout(PUSH_QUIET, push.next()).await {
+                Ok(Some(arrived)) => plain = Some(arrived.plain).filter(|_| arrived.need.digest == need.digest),
+                Ok(None) | Err(_) => pushed = None,
+            }
+        }
+        let plain = match plain {
+            Some(plain) => plain,
+            None => self.get_from(held, &need, self.owner_key(known).await?.as_ref()).await?,
+        };
         let path = folder.device();
         memory::write(&path, &plain)?;
+        let (machine, known, held) = (self.clone(), known.clone(), held.clone());
+        tokio::spawn(async move {
+            if let Err(e) = machine.first_bytes(&known, pushed, &held).await {
+                // The pager goes on asking for what the guest touches.
+                tracing::warn!(
+                    image = known.manifest.name,
+                    error = format!("{e:#}"),
+                    "a singleton's working set does not come whole"
+                );
+            }
+        });
         Ok(path)
     }
 
@@ -416,6 +509,19 @@ impl Machine {
             }
         }
         Ok(self.sources.get(need, Class::Critical, key).await?)
+    }
+
+    /// Has a connection to one machine be up, and its window large, before it is needed.
+    ///
+    /// # Errors
+    /// This machine's identity is not whole.
+    pub(in crate::machine) fn warm_peer(&self, at: SocketAddr) -> anyhow::Result<()> {
+        let known = self.peers.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&at);
+        let peer = self.peer(at)?;
+        if !known {
+            tokio::spawn(async move { peer.warm().await });
+        }
+        Ok(())
     }
 
     /// A connection to one machine, kept for the next time.

@@ -24,7 +24,7 @@ use vmatrix_vma_image::{memory, netns, sign};
 use vmatrix_vma_pager::Control;
 
 /// Pages of the working set of a snapshot: 12 MiB, twice what a guest was seen to touch in its first sixty requests. They
-/// are in memory before it runs on: first what it wrote last, then what it touched first.
+/// are what it runs into: first what it wrote, then what it touched first.
 const WORKING_SET_MAX: usize = 3072;
 /// Between tries to reach a pager that is being started anew.
 const AGAIN: Duration = Duration::from_millis(20);
@@ -84,8 +84,19 @@ impl Machine {
         let (store, known, memory) = (self.images.store.clone(), known.clone(), pager.memory.memory());
         let disk = pager.data();
         let cut = move || -> anyhow::Result<Snapshot> {
-            let mut early: Vec<u32> = dirty.iter().copied().collect();
-            early.extend(order(&map).into_iter().filter(|page| !dirty.contains(page)));
+            let mut changed = vec![false; map.pages() as usize];
+            for page in &dirty {
+                if let Some(mark) = changed.get_mut(*page as usize) {
+                    *mark = true;
+                }
+            }
+            let unchanged = |page: u32| changed.get(page as usize) == Some(&false);
+            // It wakes as it woke before: of what it wrote, too, first what it touched first.
+            let before = order(&map);
+            let (kept, mut early): (Vec<u32>, Vec<u32>) = before.into_iter().partition(|page| unchanged(*page));
+            let listed: BTreeSet<u32> = early.iter().copied().collect();
+            early.extend(dirty.into_iter().filter(|page| !listed.contains(page)));
+            early.extend(kept);
             early.truncate(WORKING_SET_MAX);
             let child = Child {
                 name: &name,
@@ -93,7 +104,7 @@ impl Machine {
                 device: &device,
                 parent: (&known.manifest, known.digest),
                 map: &map,
-                unchanged: &|page| !dirty.contains(&page),
+                unchanged: &unchanged,
                 order: &early,
                 key: key.as_ref(),
                 data: written.as_deref().map(|written| Data { file: &disk, written }),
@@ -115,6 +126,8 @@ impl Machine {
     pub(in crate::machine) async fn suspend_singleton(self: &Arc<Self>, record: &Record) -> anyhow::Result<()> {
         let (instance, service) = (&record.spec.instance, &record.spec.instance.service);
         let _turn = self.tenures.turn(service).lock_owned().await;
+        self.meetings.end(service);
+        self.end_early(service).await?;
         if record.phase == Phase::Building {
             return Ok(());
         }
@@ -146,7 +159,7 @@ impl Machine {
 
 /// Pages of memory that the guest has written, and chunks of its data, if it has any; once its pager says so, which may
 /// be on its way back.
-async fn changed(pager: &Pager, vm: &Process) -> anyhow::Result<(BTreeSet<u32>, Option<Vec<u32>>)> {
+async fn changed(pager: &Pager, vm: &Process) -> anyhow::Result<(Vec<u32>, Option<Vec<u32>>)> {
     let data = pager.known.manifest.part(PartKind::Data).is_some();
     let deadline = Instant::now() + RETURN_LIMIT;
     loop {
