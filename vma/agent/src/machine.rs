@@ -4,7 +4,7 @@
 //!  POST /v1/step ─▶ one at a time per instance ─▶ cell │ fetch │ vm ─▶ outcome, with a fresh look
 //!  GET  /v1/seen ─▶ records + processes + images ─▶ what there is
 //!  each second   ─▶ subscribes to the VM agent; minds tunnels, health, newer images
-//!  all the time  ─▶ guards pagers; gives other machines what is here
+//!  all the time  ─▶ guards pagers, tells stores what guests waited for; gives other machines what is here
 //! ```
 //!
 //! Which singletons it may run is written down in `state_dir/tenures`.
@@ -17,6 +17,7 @@ mod fetch;
 mod guard;
 mod hand;
 mod image;
+mod learn;
 mod memory;
 mod mind;
 mod pager;

@@ -8,6 +8,7 @@
 //! alive.
 
 use super::image::{Known, Level};
+use super::learn::Told;
 use super::memory::Folder;
 use super::process::{self, Process};
 use super::{Machine, memory};
@@ -47,6 +48,8 @@ pub struct Pager {
     /// The singleton that it is for; none: clones of the image.
     pub one: Option<One>,
     pub view: watch::Sender<View>,
+    /// What the store was told of its misses.
+    pub told: Told,
 }
 
 /// A singleton's run.
@@ -186,8 +189,8 @@ impl Machine {
             Some(one) => self.config.state_dir.join("pagers").join(one.service.as_str()),
             None => self.pager_folder(known),
         };
-        let pager =
-            Arc::new(Pager { known: known.clone(), folder, memory, one, view: watch::Sender::new(View::default()) });
+        let (view, told) = (watch::Sender::new(View::default()), Told::default());
+        let pager = Arc::new(Pager { known: known.clone(), folder, memory, one, view, told });
         pagers.insert(pager.memory.dir.clone(), pager.clone());
         let (machine, guarded) = (self.clone(), pager.clone());
         tokio::spawn(async move { machine.guard(&guarded).await });
