@@ -116,7 +116,7 @@ pub async fn run_with(path: &Path, program: &Path) -> anyhow::Result<()> {
         };
         let server = Server::new(config)?;
         let asked = machine.clone();
-        server.answer_with(Answerer::new(move |name, question| asked.clone().answer(name, question)));
+        server.answer_with(Answerer::new(move |name, question| asked.clone().answer_unless_learn(name, question)));
         tasks.spawn(async move { server.run(listener, std::future::pending()).await });
     }
     let warmed = machine.clone();

@@ -13,6 +13,7 @@ use anyhow::Context;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vmatrix_vma_pager::{Control, Status};
+use vmatrix_vma_transfer::identity::Name;
 use vmatrix_vma_transfer::question::{Learned, Question, blocks};
 
 /// A guest that was let go so long ago has answered its first requests.
@@ -82,6 +83,17 @@ impl Told {
 }
 
 impl Machine {
+    /// Answers another machine's question; lists are made where images are signed.
+    ///
+    /// # Errors
+    /// Why not, for that machine.
+    pub(super) async fn answer_unless_learn(self: Arc<Self>, name: Name, question: Vec<u8>) -> Result<Vec<u8>, String> {
+        if serde_json::from_slice::<Question>(&question).is_ok() {
+            return Err("a machine makes no lists; its store does".to_owned());
+        }
+        self.answer(name, question).await
+    }
+
     /// Asks the store to learn what clones of an image had to wait for, if that is worth it now. `woke`: when the last of
     /// them was let go.
     ///
