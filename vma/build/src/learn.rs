@@ -46,6 +46,17 @@ const SPARE: u64 = 64 << 20;
 /// There is no such image, it is not the store's own, it has another manifest, a page is past its end, its list is
 /// full, or so is the store; then nothing is left behind.
 pub fn learn(name: &str, store: &Path, built: Option<&Digest>, misses: &[u32], requests: u32) -> Result<Recorded> {
+    learn_up_to(LIST_MAX, name, store, built, misses, requests)
+}
+
+fn learn_up_to(
+    most: u64,
+    name: &str,
+    store: &Path,
+    built: Option<&Digest>,
+    misses: &[u32],
+    requests: u32,
+) -> Result<Recorded> {
     let store = Store::read(store)?;
     store.folder()?;
     // First: a build may be putting another image in its place.
@@ -55,7 +66,7 @@ pub fn learn(name: &str, store: &Path, built: Option<&Digest>, misses: &[u32], r
     let map = memory::map(&manifest, &store)?;
     let before = manifest.memory.working_set;
     let new = fresh(&map, misses).map_err(|page| no(format!("page {page} is past the end of image {name}")))?;
-    let room = LIST_MAX.saturating_sub(before.pages) as usize;
+    let room = most.saturating_sub(before.pages) as usize;
     if new.is_empty() {
         return Ok(Recorded { digest, before, after: before });
     }
@@ -255,6 +266,7 @@ mod tests {
         tests::{Image, image},
     };
     use std::fs;
+    use vmatrix_vma_testing::Small;
     use vmatrix_vma_transfer::question::blocks;
 
     fn list(image: &Image) -> Vec<u32> {
@@ -327,6 +339,31 @@ mod tests {
         let other = learn("tiny", image.store.dir(), Some(&Digest::of(b"x")), &[5000], 0).unwrap_err().to_string();
         assert!(other.contains("another list by now"), "{other}");
         assert_eq!((list(&image), chunks(&image)), (vec![4097, 4096], all));
+    }
+
+    #[test]
+    fn a_list_grows_to_its_bound_by_what_was_waited_for_first_and_then_learns_nothing() {
+        let image = image();
+        let grow = |misses: &[u32]| learn_up_to(4, "tiny", image.store.dir(), None, misses, 0);
+        assert_eq!(grow(&[5001, 5000, 5002]).unwrap().after.pages, 4);
+        assert_eq!(list(&image), [4097, 4096, 5001, 5000]);
+        let full = grow(&[5002]).unwrap_err().to_string();
+        assert!(full.contains("has 4 pages, as many as it may") && full.contains("image record"), "{full}");
+        assert_eq!(grow(&[5001]).unwrap().after.pages, 4, "what is listed is no reason to refuse");
+    }
+
+    #[test]
+    fn machine_a_store_without_room_says_so_and_keeps_its_list() {
+        let image = image();
+        let small = Small::new(image.dir.path().join("small"), "32m");
+        let from = image.store.dir();
+        let store = image.dir.path().join("small/store");
+        let copied = std::process::Command::new("cp").arg("-r").args([from, &store]).status().unwrap();
+        assert!(copied.success());
+        let full = learn("tiny", &store, None, &[5000], 0).unwrap_err().to_string();
+        assert!(full.contains("no space left to put a new list into"), "{full}");
+        assert_eq!(inspect::inspect(&store, "tiny", &[]).unwrap().digest, image.digest);
+        drop(small);
     }
 
     #[test]
