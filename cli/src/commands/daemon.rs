@@ -4,6 +4,8 @@ use super::block_on;
 use crate::args::Command;
 use anyhow::{Context, Result};
 use std::process::ExitCode;
+use vmatrix_vma_build::learn::Learner;
+use vmatrix_vma_image::Store;
 
 pub fn run(command: Command) -> Result<ExitCode> {
     match command {
@@ -13,7 +15,9 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Edge(d) => block_on(vmatrix_edge_agent::run(&d.config)).context("edge ended")?,
         Command::Origin(d) => block_on(vmatrix_edge_agent::origin::run(&d.config)).context("origin ended")?,
         Command::Store(d) => {
-            block_on(async { Ok(vmatrix_vma_transfer::run(&d.config).await?) }).context("store ended")?
+            let learner = |store: &Store| Some(Learner::answerer(store.clone()));
+            block_on(async { Ok(vmatrix_vma_transfer::run_answering(&d.config, learner).await?) })
+                .context("store ended")?
         }
         Command::Pager(d) => block_on(vmatrix_vma_pager::run(&d.config)).context("pager ended")?,
         Command::Relay(d) => block_on(vmatrix_edge_agent::relay::run(&d.config)).context("relay ended")?,

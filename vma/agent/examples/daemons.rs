@@ -3,6 +3,8 @@
 
 use anyhow::bail;
 use std::path::PathBuf;
+use vmatrix_vma_build::learn::Learner;
+use vmatrix_vma_image::Store;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -19,7 +21,10 @@ async fn main() -> anyhow::Result<()> {
     match which.as_str() {
         "machine" => vmatrix_vma_agent::machine::run(&config).await,
         "vma" => vmatrix_vma_agent::run(&config).await,
-        "store" => Ok(vmatrix_vma_transfer::run(&config).await?),
+        "store" => {
+            let learner = |store: &Store| Some(Learner::answerer(store.clone()));
+            Ok(vmatrix_vma_transfer::run_answering(&config, learner).await?)
+        }
         "wan" => tokio::task::block_in_place(|| vmatrix_lab::wan::run(&config)),
         "relay" => vmatrix_edge_agent::relay::run(&config).await,
         "pager" => vmatrix_vma_pager::run(&config).await,

@@ -4,7 +4,7 @@
 //!  POST /v1/step ─▶ one at a time per instance ─▶ cell │ fetch │ vm ─▶ outcome, with a fresh look
 //!  GET  /v1/seen ─▶ records + processes + images ─▶ what there is
 //!  each second   ─▶ subscribes to the VM agent; minds tunnels, health, newer images
-//!  all the time  ─▶ guards pagers; gives other machines what is here
+//!  all the time  ─▶ guards pagers, tells stores what guests waited for; gives other machines what is here
 //! ```
 //!
 //! Which singletons it may run is written down in `state_dir/tenures`.
@@ -17,6 +17,7 @@ mod fetch;
 mod guard;
 mod hand;
 mod image;
+mod learn;
 mod memory;
 mod mind;
 mod pager;
@@ -118,7 +119,7 @@ pub async fn run_with(path: &Path, program: &Path) -> anyhow::Result<()> {
         };
         let server = Server::new(config)?;
         let asked = machine.clone();
-        server.answer_with(Answerer::new(move |name, question| asked.clone().answer(name, question)));
+        server.answer_with(Answerer::new(move |name, question| asked.clone().answer_unless_learn(name, question)));
         tasks.spawn(async move { server.run(listener, std::future::pending()).await });
     }
     let warmed = machine.clone();

@@ -6,6 +6,7 @@
 
 pub mod build;
 mod cpio;
+pub mod learn;
 pub mod postgres;
 pub mod recipe;
 pub mod record;

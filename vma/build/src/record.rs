@@ -274,20 +274,6 @@ pub async fn record(name: &str, store: &Path, recipe: Option<&Path>) -> Result<R
     .await?
 }
 
-/// Adds pages to the list of image `name`: those that a resumed VM had to wait for. `requests` is what it answered
-/// until then.
-///
-/// # Errors
-/// There is no such image, it is not the store's own, or the store is full.
-pub fn learn(name: &str, store: &Path, misses: &[u32], requests: u32) -> Result<Recorded> {
-    let laid = Laid::out(store, name)?;
-    let map = memory::map(&laid.manifest, &laid.store)?;
-    let listed = map.packs().iter().take(map.working_set()).flat_map(|p| p.pages().map(|(_, page)| page));
-    let order: Vec<u32> = listed.chain(misses.iter().copied()).collect();
-    let before = laid.manifest.memory.working_set.requests;
-    laid.rewrite(&order, before.max(requests))
-}
-
 /// An image of a store as files.
 struct Laid {
     store: Store,
@@ -354,22 +340,4 @@ fn with_backend(m: &Manifest, store: &Store, scratch: &Path) -> Result<(Cell, Op
     let sql = fs::read_to_string(&file).map_err(io("read", &file))?;
     let server = Backend::of(backend.address, backend.port, Some(&sql), &cell)?;
     Ok((cell, Some(server)))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::snapshot::{order, tests::image};
-
-    #[test]
-    fn a_miss_that_was_seen_is_in_the_list_from_then_on_after_what_was_there() {
-        let image = image();
-        let learned = learn("tiny", image.store.dir(), &[5000, 4096], 90).unwrap();
-        assert_eq!((learned.before.pages, learned.after.pages, learned.after.requests), (2, 3, 90));
-        let seen = inspect::inspect(image.store.dir(), "tiny", &[]).unwrap();
-        assert_eq!(seen.digest, learned.digest);
-        assert_eq!(order(&memory::map(&seen.manifest, &image.store).unwrap()), [4097, 4096, 5000]);
-        assert_eq!(seen.manifest.device, image.manifest.device);
-        inspect::verify(image.store.dir(), "tiny", &[]).unwrap();
-    }
 }

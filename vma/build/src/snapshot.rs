@@ -124,11 +124,11 @@ pub(crate) mod tests {
     const DATA_SIZE: u64 = (4 << 16) + 8192;
 
     pub(crate) struct Image {
-        dir: tempfile::TempDir,
+        pub dir: tempfile::TempDir,
         pub store: Store,
-        key: OwnerKey,
+        pub key: OwnerKey,
         pub manifest: Manifest,
-        digest: Digest,
+        pub digest: Digest,
     }
 
     /// 64 MiB of memory: four MiB of text at 16 MiB, the first of its pages in the working set.

@@ -8,6 +8,7 @@
 use crate::engine::Status;
 use crate::error::{Error, Result};
 use crate::socket;
+use crate::state::MISSED_MAX;
 use serde::{Deserialize, Serialize};
 use std::future::Future;
 use std::ops::Range;
@@ -32,6 +33,7 @@ pub(crate) enum Request {
     Adopt { pid: i32 },
     Status,
     Recorded,
+    Missed,
     Pause { paused: bool },
     Protect { pid: i32 },
     Dirty { pid: i32 },
@@ -101,6 +103,17 @@ impl Control {
     pub async fn recorded(&mut self) -> Result<Vec<u32>> {
         match self.ask(&Request::Recorded).await? {
             Answer::Pages(pages) => Ok(pages),
+            other => Err(self.odd(&other)),
+        }
+    }
+
+    /// Pages that guests had to wait for and that nothing foresaw, as [`crate::Engine::missed`].
+    ///
+    /// # Errors
+    /// The pager has ended, or names more than it may.
+    pub async fn missed(&mut self) -> Result<Vec<u32>> {
+        match self.ask(&Request::Missed).await? {
+            Answer::Pages(pages) if pages.len() <= MISSED_MAX => Ok(pages),
             other => Err(self.odd(&other)),
         }
     }

@@ -72,6 +72,9 @@ pub struct Status {
     pub pages_total: u64,
     /// Faults that had to wait for a fetch.
     pub misses: u64,
+    /// Pages that [`Engine::missed`] has.
+    #[serde(default)]
+    pub missed: u64,
     /// Faults answered with zeros.
     pub zeros: u64,
     /// Pages that guests wait for now.
@@ -115,6 +118,7 @@ enum Order {
     Arrived(crate::state::Ask, std::result::Result<Vec<u8>, String>),
     Pause(bool),
     Recorded(oneshot::Sender<Vec<u32>>),
+    Missed(oneshot::Sender<Vec<u32>>),
     Stop,
 }
 
@@ -240,6 +244,18 @@ impl Engine {
     pub async fn recorded(&self) -> Result<Vec<u32>> {
         let (done, answer) = oneshot::channel();
         self.tell(Order::Recorded(done))?;
+        answer.await.map_err(|_| Error::Ended)
+    }
+
+    /// The pages that guests touched before they were there although nothing foresaw them, in the order in which they
+    /// were first waited for: neither zero nor in the image's working set; at most [`crate::MISSED_MAX`], and none
+    /// unless [`Hydrate::notes`]. A working set with these would have spared guests the wait.
+    ///
+    /// # Errors
+    /// The engine has ended.
+    pub async fn missed(&self) -> Result<Vec<u32>> {
+        let (done, answer) = oneshot::channel();
+        self.tell(Order::Missed(done))?;
         answer.await.map_err(|_| Error::Ended)
     }
 

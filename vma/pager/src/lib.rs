@@ -38,4 +38,4 @@ pub use error::{Error, Result};
 pub use process::run;
 pub use pushed::PUSHED_VARIABLE;
 pub use shim::{preload, shim};
-pub use state::{Class, Hydrate, RECORDED_MAX};
+pub use state::{Class, Hydrate, MISSED_MAX, RECORDED_MAX};

@@ -284,6 +284,8 @@ impl Pager {
             background_mbit: config.background_mbit,
             background_from: std::process::id().wrapping_mul(0x9e37_79b9) >> 8,
             precise: config.record,
+            // A singleton's list is made anew with each snapshot; where nothing comes ahead of need, all is missed.
+            notes: config.working_set && config.background && !config.shared && !config.record,
         };
         let options = Options {
             hydrate,
@@ -408,6 +410,7 @@ impl Pager {
                 Answer::Done
             }
             Request::Recorded => Answer::Pages(engine.recorded().await?),
+            Request::Missed => Answer::Pages(engine.missed().await?),
             Request::Pause { paused } => {
                 engine.pause_background(paused)?;
                 self.sources.pause_background(paused);

@@ -5,6 +5,7 @@
 //! next()      ─▶ Ask { pack, class }: misses, then the working set, then the rest, within bounds
 //! arrived()   ─▶ which slots go to which pages      filled(page) ─▶ who is woken
 //! failed()    ─▶ the same pack is asked for again, later each time
+//! missed()    ─▶ what nothing foresaw: pages that were waited for, and that are neither zero nor in the working set
 //! ```
 //! # Invariants
 //! 1. A page that is present is in no list of pages to write.
@@ -43,11 +44,21 @@ pub struct Hydrate {
     pub background_from: u32,
     /// Put in nothing but what is asked for, page by page, so that every first touch is seen and recorded.
     pub precise: bool,
+    /// Note the pages that are missed. Of a pack that was missed nothing is put in then but what is waited for, for
+    /// a neighbour that is there already is touched unseen; the background puts in the rest.
+    pub notes: bool,
 }
 
 impl Default for Hydrate {
     fn default() -> Hydrate {
-        Hydrate { working_set: true, background: true, background_mbit: None, background_from: 0, precise: false }
+        Hydrate {
+            working_set: true,
+            background: true,
+            background_mbit: None,
+            background_from: 0,
+            precise: false,
+            notes: false,
+        }
     }
 }
 
@@ -64,6 +75,10 @@ const ZERO_RUN: u32 = 16;
 const AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Most first touches that are kept: 1 GiB of guest memory.
 pub const RECORDED_MAX: usize = 1 << 18;
+
+/// Most pages that are noted as missed: 16 MiB, more than the whole working set of a usual guest. One that misses more
+/// than these reads its memory through, which no list foresees.
+pub const MISSED_MAX: usize = 4096;
 
 /// A guest's process, by a number that is never used twice.
 pub(crate) type Who = u32;
@@ -132,6 +147,8 @@ pub(crate) struct State {
     left: (usize, usize),
     touched: Bits,
     order: Vec<u32>,
+    /// What nothing foresaw, in the order in which it was first waited for.
+    missed: Vec<u32>,
 }
 
 impl State {
@@ -153,6 +170,7 @@ impl State {
             left: (0, 0),
             touched,
             order: Vec::new(),
+            missed: Vec::new(),
         };
         state.count();
         state
@@ -178,10 +196,14 @@ impl State {
         self.map.complete(rest)?;
         self.count();
         let mut again = Vec::new();
-        for (page, wait) in std::mem::take(&mut self.waiting) {
+        let mut waiting: Vec<(u32, Wait)> = std::mem::take(&mut self.waiting).into_iter().collect();
+        // The longest wait first: they are noted in that order.
+        waiting.sort_by_key(|(_, wait)| wait.since);
+        for (page, wait) in waiting {
             match self.map.of(page) {
                 Of::Zero | Of::Unknown => again.extend(wait.who.into_iter().map(|who| (who, page))),
                 Of::Pack { pack, .. } => {
+                    self.note(page, pack);
                     self.queue(pack);
                     self.waiting.insert(page, wait);
                 }
@@ -192,14 +214,20 @@ impl State {
 
     /// A thread of `who` waits for `page` since `now`.
     pub fn fault(&mut self, now: Duration, who: Who, private: bool, page: u32) -> Verdict {
-        self.touch(page);
+        // One that was there before and was given back is not missed: its guest throws away what it held.
+        let first = self.touch(page);
         if self.present.has(page) {
             return Verdict::Wake;
         }
         match self.map.of(page) {
             Of::Zero if private && !self.want.precise => return Verdict::Zeros(self.zeros_round(page)),
             Of::Zero => return Verdict::Zeros(page..page + 1),
-            Of::Pack { pack, .. } => self.queue(pack),
+            Of::Pack { pack, .. } => {
+                if first {
+                    self.note(page, pack);
+                }
+                self.queue(pack);
+            }
             Of::Unknown => {}
         }
         let wait = self.waiting.entry(page).or_insert(Wait { since: now, who: Vec::new() });
@@ -221,6 +249,17 @@ impl State {
     /// How many pages were touched, as far as that is noted.
     pub fn recorded_pages(&self) -> usize {
         self.order.len()
+    }
+
+    /// Notes that a page was missed, if nothing foresaw it.
+    fn note(&mut self, page: u32, pack: u32) {
+        if self.notes_more() && pack as usize >= self.map.working_set() {
+            self.missed.push(page);
+        }
+    }
+
+    fn notes_more(&self) -> bool {
+        self.want.notes && self.missed.len() < MISSED_MAX
     }
 
     fn zeros_round(&self, page: u32) -> Range<u32> {
@@ -323,7 +362,9 @@ impl State {
             flight.failures = 0;
         }
         let Some(pack) = self.pack(ask.pack) else { return Vec::new() };
-        let put = |page: u32| !self.present.has(page) && (!self.want.precise || self.waiting.contains_key(&page));
+        let missed = ask.class == Class::Miss && ask.pack as usize >= self.map.working_set();
+        let only_waited = self.want.precise || missed && self.notes_more();
+        let put = |page: u32| !self.present.has(page) && (!only_waited || self.waiting.contains_key(&page));
         pack.pages().filter(|(_, page)| put(*page)).collect()
     }
 
@@ -439,6 +480,18 @@ impl State {
 
     pub fn pages(&self) -> u32 {
         self.map.pages()
+    }
+
+    /// Whether pages of the pack are not there, although it came: a touch of them is to be seen.
+    pub fn is_held_apart(&self, pack: u32) -> bool {
+        let missed = pack as usize >= self.map.working_set();
+        missed && self.notes_more() && self.flights.get(pack as usize).is_some_and(|flight| flight.left > 0)
+    }
+
+    /// The pages that nothing foresaw, in the order in which they were first waited for: neither zero nor in the
+    /// working set, and not there when they were touched. At most [`MISSED_MAX`].
+    pub fn missed(&self) -> &[u32] {
+        &self.missed
     }
 
     /// Pages in the order in which they were first touched; those that came ahead of the first touch are not in it.

@@ -155,6 +155,29 @@ async fn machine_a_miss_overtakes_what_is_fetched_ahead() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn machine_each_page_that_nothing_foresaw_is_noted_and_its_neighbours_wait_for_no_fetch() {
+    let dir = dir();
+    let memory = dir.path().join("memory");
+    let map = map(PAGES);
+    let (fetch, asked) = source(&map, at_once());
+    let hydrate = Hydrate { background: false, notes: true, ..Hydrate::default() };
+    let engine = Engine::start(&memory, map, Options { hydrate, ..Options::default() }, fetch).unwrap();
+    let mut guest = Guest::start(&memory, "private", false);
+    engine.adopt(guest.pid()).await.unwrap();
+    until(&engine, |s| s.critical).await;
+    let (set, read) = (asked.load(Ordering::Relaxed), [4, 80, 5, 48, 81, 4]);
+    assert!(read.iter().all(|page| !common::is_zero(*page)), "a page of this test is zero");
+    for page in read {
+        assert_eq!(guest.ask(&format!("page {page}")), "right", "page {page}");
+    }
+    // Page 48 is in the working set.
+    assert_eq!(engine.missed().await.unwrap(), [4, 80, 5, 81]);
+    let status = until(&engine, |s| s.missed == 4).await;
+    assert_eq!((asked.load(Ordering::Relaxed) - set, status.misses), (2, 2), "{status:?}");
+    assert_eq!(guest.ask("all 3"), "0 wrong");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn machine_everything_arrives_by_itself_and_guests_are_let_go() {
     let dir = dir();
     let memory = dir.path().join("memory");

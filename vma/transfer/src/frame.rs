@@ -29,8 +29,8 @@ pub const DATA_MAX: usize = FRAME_MAX - 5;
 pub const ADDRESSES_MAX: usize = 4;
 /// Longest name of an image, bytes.
 const NAME_MAX: usize = 64;
-/// Longest question to another machine, bytes: it fits a frame with its number.
-pub const QUESTION_MAX: usize = 8 << 10;
+/// Longest question to another machine or a store, bytes: it fits a frame with its kind, number and length.
+pub const QUESTION_MAX: usize = FRAME_MAX - 9;
 /// Longest answer to one, bytes.
 pub const REPLY_MAX: usize = 64 << 10;
 /// Longest text of a refusal, bytes.
@@ -89,7 +89,7 @@ pub enum Request {
     Ping {
         token: u64,
     },
-    /// A machine's question to the machine that serves: JSON, at most [`QUESTION_MAX`] bytes.
+    /// A machine's question to whoever serves: JSON, at most [`QUESTION_MAX`] bytes.
     Ask {
         request: u32,
         question: Vec<u8>,

@@ -23,6 +23,7 @@ pub mod identity;
 mod link;
 mod outbox;
 mod plan;
+pub mod question;
 mod serve;
 mod socket;
 mod sources;
@@ -31,7 +32,7 @@ mod tls;
 pub use class::Class;
 pub use error::{Error, Fault, Result};
 pub use frame::ImageRef;
-pub use serve::{Answerer, Sent, Server, ServerConfig, StoreConfig, run, serve};
+pub use serve::{Answerer, Sent, Server, ServerConfig, StoreConfig, run, run_answering, serve};
 pub use sources::{Arrived, Ask, Fill, Limits, Opened, Pushed, SourceStatus, Sources, SourcesConfig};
 #[cfg(test)]
 mod tests;

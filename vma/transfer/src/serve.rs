@@ -336,6 +336,14 @@ impl StoreConfig {
 /// # Errors
 /// The configuration, the identity or the store cannot be read, or the address is taken.
 pub async fn run(config: &Path) -> Result<()> {
+    run_answering(config, |_| None).await
+}
+
+/// As [`run`], with somebody who answers machines' questions about the store.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_answering(config: &Path, answerer: impl FnOnce(&Store) -> Option<Answerer>) -> Result<()> {
     let config = StoreConfig::read(config)?;
     let identity = Identity::read(&config.identity)?;
     let address = config.store.clone();
@@ -349,8 +357,13 @@ pub async fn run(config: &Path) -> Result<()> {
     let listener =
         TcpListener::bind(config.listen).await.map_err(|source| Error::Listen { address: config.listen, source })?;
     tracing::info!(listen = %config.listen, store = config.store, name = %identity.name(), "serving chunks");
-    let server = ServerConfig { identity, store, keys: config.keys, rate_mbit: config.rate_mbit };
-    serve(listener, server, told_to_end()).await
+    let answerer = answerer(&store);
+    let server = Server::new(ServerConfig { identity, store, keys: config.keys, rate_mbit: config.rate_mbit })?;
+    if let Some(answerer) = answerer {
+        server.answer_with(answerer);
+    }
+    server.run(listener, told_to_end()).await;
+    Ok(())
 }
 
 async fn told_to_end() {

@@ -267,29 +267,39 @@ impl Sources {
         let _ = self.inner.messages.send(Message::Pause { paused });
     }
 
-    /// Asks the machine behind the best source that is up, and reads its answer: JSON there, at most 8 KiB, and JSON
+    /// Asks the machine behind the best source that is up, and reads its answer: JSON there, at most 16 KB, and JSON
     /// back, at most 64 KiB. An answer is due `within` that time. Sources of one address ask that machine alone.
     ///
     /// # Errors
     /// [`Error::Source`] with [`Fault::Refused`]: the machine said no, and why. With another fault it may have been
     /// heard or not: ask again. [`Error::Nowhere`]: no source is up.
     pub async fn ask<Q: Serialize, A: DeserializeOwned>(&self, question: &Q, within: Duration) -> Result<A> {
-        let Some(link) = self.links(false).await.into_iter().next() else {
-            let mut tried = Vec::new();
-            self.add_faults(&mut tried).await;
-            let tried: Vec<String> = tried.iter().map(ToString::to_string).collect();
-            return Err(Error::Nowhere { what: "answer".to_owned(), tried: tried.join("; ") });
-        };
-        let at = |fault| Error::Source { address: link.address, fault };
-        let bytes = serde_json::to_vec(question).map_err(|e| at(Fault::Protocol(e.to_string())))?;
-        if bytes.len() > QUESTION_MAX {
-            return Err(at(Fault::Refused(format!(
-                "a question has {QUESTION_MAX} bytes at most, not {}",
-                bytes.len()
-            ))));
+        match self.links(false).await.into_iter().next() {
+            Some(link) => ask(&link, question, within).await,
+            None => Err(self.no_answer(Vec::new()).await),
         }
-        let reply = link.question(bytes, within).await.map_err(at)?;
-        serde_json::from_slice(&reply).map_err(|e| at(Fault::WrongBytes(format!("its answer cannot be read: {e}"))))
+    }
+
+    /// As [`Sources::ask`], but asks whoever is up, the best first, until one answers: not every source knows of such
+    /// questions.
+    ///
+    /// # Errors
+    /// [`Error::Nowhere`]: what each source said.
+    pub async fn ask_each<Q: Serialize, A: DeserializeOwned>(&self, question: &Q, within: Duration) -> Result<A> {
+        let mut tried = Vec::new();
+        for link in self.links(true).await {
+            match ask(&link, question, within).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => tried.push(error),
+            }
+        }
+        Err(self.no_answer(tried).await)
+    }
+
+    async fn no_answer(&self, mut tried: Vec<Error>) -> Error {
+        self.add_faults(&mut tried).await;
+        let tried: Vec<String> = tried.iter().map(ToString::to_string).collect();
+        Error::Nowhere { what: "answer".to_owned(), tried: tried.join("; ") }
     }
 
     /// Gets an owner's key; only a machine is given one.
@@ -373,6 +383,17 @@ impl Sources {
         });
         look.await.map_err(|_| Error::Closed)
     }
+}
+
+async fn ask<Q: Serialize, A: DeserializeOwned>(link: &crate::link::Link, question: &Q, within: Duration) -> Result<A> {
+    let at = |fault| Error::Source { address: link.address, fault };
+    let bytes = serde_json::to_vec(question).map_err(|e| at(Fault::Protocol(e.to_string())))?;
+    if bytes.len() > QUESTION_MAX {
+        let problem = format!("a question has {QUESTION_MAX} bytes at most, not {}", bytes.len());
+        return Err(at(Fault::Refused(problem)));
+    }
+    let reply = link.question(bytes, within).await.map_err(at)?;
+    serde_json::from_slice(&reply).map_err(|e| at(Fault::WrongBytes(format!("its answer cannot be read: {e}"))))
 }
 
 /// What the local store has under a chunk's name.

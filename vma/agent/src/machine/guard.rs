@@ -166,6 +166,7 @@ impl Machine {
                 (true, false) => LOOK,
                 (true, true) => LOOK_IDLE,
             };
+            self.tell_missed(pager, &mut control, &status, woke).await?;
             pager.view.send_modify(|v| v.status = Some(status));
             if self.needs(pager) {
                 idle_since = None;

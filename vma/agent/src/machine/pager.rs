@@ -8,6 +8,7 @@
 //! alive.
 
 use super::image::{Known, Level};
+use super::learn::Told;
 use super::memory::Folder;
 use super::process::{self, Process};
 use super::{Machine, memory};
@@ -47,6 +48,8 @@ pub struct Pager {
     /// The singleton that it is for; none: clones of the image.
     pub one: Option<One>,
     pub view: watch::Sender<View>,
+    /// What the store was told of its misses.
+    pub told: Told,
 }
 
 /// A singleton's run.
@@ -190,7 +193,8 @@ impl Machine {
             Some(one) => self.singles_folder(&one.service),
             None => self.pager_folder(known),
         };
-        Pager { known: known.clone(), folder, memory, one, view: watch::Sender::new(View::default()) }
+        let (view, told) = (watch::Sender::new(View::default()), Told::default());
+        Pager { known: known.clone(), folder, memory, one, view, told }
     }
 
     /// Takes up again the pagers whose guests were found at the start.

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod faults;
+mod learn;
 mod network;
 
 use network::{MINUTE, Network, ask, assignment, kill, tiny};

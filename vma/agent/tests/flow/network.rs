@@ -103,7 +103,18 @@ impl Network {
         tokio::spawn(async move { serve(listener, config, std::future::pending()).await.unwrap() })
     }
 
-    /// Starts `machine` or `vma`; answers its id.
+    /// The store as a daemon: it answers machines' questions too.
+    pub fn store_daemon(&self, port: u16, rate_mbit: u64) -> u32 {
+        let (dir, store) = (self.dir.path(), self.store.dir().display());
+        self.authority.issue(Role::Store, "origin").unwrap().write(dir.join("store-identity")).unwrap();
+        let text = format!(
+            "listen = '127.0.0.1:{port}'\nstore = '{store}'\nidentity = 'store-identity'\nkeys = '{store}/keys'\nrate_mbit = {rate_mbit}\n"
+        );
+        std::fs::write(dir.join("store.toml"), text).unwrap();
+        self.start("store")
+    }
+
+    /// Starts `machine`, `vma` or `store`; answers its id.
     pub fn start(&self, daemon: &str) -> u32 {
         let program = program();
         let log = std::fs::File::options()

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::state::{Ask, Class, State, Verdict, Who};
 use crate::window::Window;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -17,6 +17,9 @@ use vmatrix_vma_uffd::{Fault, PAGE};
 const BELL: u64 = u64::MAX;
 /// Events taken at once.
 const EVENTS: usize = 64;
+/// Packs that were missed and are kept unpacked, so that a touch of their other pages is seen and waits for nobody: as
+/// many as 4 MiB hold. Of one that gave way the local store has the bytes.
+const APART_MAX: usize = 64;
 /// How often to look again where only time lets something be asked for.
 const HELD_BACK: Duration = Duration::from_millis(10);
 /// How often to look again where nothing is to be done: what has been waited for too long is to be said.
@@ -32,6 +35,8 @@ pub(super) struct Thread {
     orders: mpsc::Sender<Order>,
     received: mpsc::Receiver<Order>,
     epoll: Epoll,
+    /// Packs with pages that are not put in yet, the newest last, by number.
+    apart: VecDeque<(u32, Arc<Vec<u8>>)>,
     guests: BTreeMap<Who, Arc<Adopted>>,
     next_guest: Who,
     began: Instant,
@@ -67,6 +72,7 @@ impl Thread {
             orders,
             received,
             epoll,
+            apart: VecDeque::new(),
             guests: BTreeMap::new(),
             next_guest: 0,
             began: Instant::now(),
@@ -126,9 +132,10 @@ impl Thread {
                     }
                 }));
             }
-            Order::Arrived(ask, Ok(plain)) => self.arrived(ask, &plain),
+            Order::Arrived(ask, Ok(plain)) => self.fetched(ask, plain),
             Order::Arrived(ask, Err(why)) => self.failed(ask, why),
             Order::Pause(paused) => self.state.pause(paused),
+            Order::Missed(done) => drop(done.send(self.state.missed().to_vec())),
             Order::Recorded(done) => drop(done.send(self.state.recorded().to_vec())),
             Order::Stop => {}
         }
@@ -204,6 +211,7 @@ impl Thread {
         }
         match verdict {
             Verdict::Wake => guest.wake(page),
+            Verdict::Wait if self.has_apart(page) => {}
             Verdict::Wait => {
                 self.misses += 1;
                 let digest = self.state.pack_of(page).map(|pack| pack.digest.short());
@@ -257,8 +265,14 @@ impl Thread {
 
     /// Asks for what is to be asked for now.
     fn ask(&mut self) {
-        let Source::Packs(fetch, runtime) = &self.source else { return };
         while let Some(ask) = self.state.next(self.began.elapsed()) {
+            if let Some((_, plain)) = self.apart.iter().find(|(pack, _)| *pack == ask.pack) {
+                let plain = plain.clone();
+                self.arrived(ask, &plain);
+                self.set_apart(ask.pack, plain);
+                continue;
+            }
+            let Source::Packs(fetch, runtime) = &self.source else { return };
             let Some(pack) = self.state.pack(ask.pack) else { continue };
             let fetched = fetch(pack.need(self.options.sealed), ask.class);
             let ahead = if ask.class == Class::Miss { 1 } else { 6 };
@@ -275,13 +289,35 @@ impl Thread {
         }
     }
 
-    fn arrived(&mut self, ask: Ask, plain: &[u8]) {
+    fn fetched(&mut self, ask: Ask, plain: Vec<u8>) {
         let Some(pack) = self.state.pack(ask.pack) else { return };
         let (whole, stored, digest) = (pack.slots.len() * PAGE as usize, pack.stored, pack.digest);
         if plain.len() != whole {
             return self.failed(ask, format!("pack {digest}: {} bytes came, not {whole}", plain.len()));
         }
         self.fetched += u64::from(stored);
+        self.arrived(ask, &plain);
+        self.set_apart(ask.pack, Arc::new(plain));
+    }
+
+    /// Keeps a pack of which not all is put in, as the newest; forgets it once all is.
+    fn set_apart(&mut self, pack: u32, plain: Arc<Vec<u8>>) {
+        self.apart.retain(|(number, _)| *number != pack);
+        if self.state.is_held_apart(pack) {
+            self.apart.push_back((pack, plain));
+        }
+        if self.apart.len() > APART_MAX {
+            self.apart.pop_front();
+        }
+    }
+
+    /// Whether a page can be put in without a fetch.
+    fn has_apart(&self, page: u32) -> bool {
+        let has = |pack: u32| self.state.pack(pack).is_some_and(|p| p.slots.contains(&Some(page)));
+        self.apart.iter().any(|(pack, _)| has(*pack))
+    }
+
+    fn arrived(&mut self, ask: Ask, plain: &[u8]) {
         let pages = self.state.arrived(ask);
         for run in pages.chunk_by(|a, b| a.0 + 1 == b.0 && a.1 + 1 == b.1) {
             let Some((slot, page)) = run.first().copied() else { continue };
@@ -332,6 +368,7 @@ impl Thread {
             pages_present: self.state.present().into(),
             pages_total: self.state.pages().into(),
             misses: self.misses,
+            missed: self.state.missed().len() as u64,
             zeros: self.zeros,
             waiting: self.state.waiting() as u64,
             adopted: self.guests.len() as u64,

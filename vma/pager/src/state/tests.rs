@@ -205,14 +205,14 @@ proptest! {
     fn every_fault_is_answered_with_the_right_page_and_no_page_is_written_twice(
         places in prop::collection::vec(place(), PAGES as usize),
         present in prop::collection::btree_set(0..PAGES, 0..40),
-        (private, working_set, background, precise) in any::<(bool, bool, bool, bool)>(),
+        (private, working_set, background, precise, notes) in any::<(bool, bool, bool, bool, bool)>(),
         mbit in prop::option::of(1..2000u64),
         background_from in any::<u32>(),
         ops in prop::collection::vec(op(), 0..120),
     ) {
         // Recording fetches nothing ahead.
         let (working_set, background) = (working_set && !precise, background && !precise);
-        let want = Hydrate { working_set, background, background_mbit: mbit, background_from, precise };
+        let want = Hydrate { working_set, background, background_mbit: mbit, background_from, precise, notes };
         let mut world = World::new(&places, &present, private, want);
         ops.into_iter().for_each(|op| world.step(op));
         world.state.pause(false);
@@ -231,6 +231,10 @@ proptest! {
         prop_assert!(has_set || !working_set);
         let recorded: BTreeMap<u32, usize> = world.state.recorded().iter().enumerate().map(|(i, p)| (*p, i)).collect();
         prop_assert_eq!(recorded.len(), world.state.recorded().len(), "a page was touched first twice");
+        let missed: BTreeSet<u32> = world.state.missed().iter().copied().collect();
+        prop_assert_eq!(missed.len(), world.state.missed().len(), "a page is noted twice");
+        let foreseen = |p: &u32| !notes || !matches!(places[*p as usize], Place::Rest(_)) || !recorded.contains_key(p);
+        prop_assert!(!missed.iter().any(foreseen), "{:?} are no misses", missed);
     }
 }
 
@@ -258,4 +262,83 @@ fn a_pack_on_its_way_behind_others_is_asked_for_again_when_a_guest_misses_it() {
     assert_eq!(world.state.next(Duration::ZERO), Some(Ask { pack: 0, class: Class::Miss }));
     assert_eq!(world.state.next(Duration::ZERO), None);
     assert_eq!(world.state.arrived(Ask { pack: 0, class: Class::Miss }).len(), 10);
+}
+
+/// Ten pages of the working set at 0, twenty of one pack of the rest at 20.
+fn notes() -> World {
+    let mut places = vec![Place::Zero; PAGES as usize];
+    places[0..10].fill(Place::Set(0));
+    places[20..40].fill(Place::Rest(0));
+    World::new(&places, &BTreeSet::new(), true, Hydrate { notes: true, ..Hydrate::default() })
+}
+
+#[test]
+fn what_nothing_foresaw_is_noted_in_order_and_zeros_and_the_working_set_never() {
+    let mut world = notes();
+    // Before the rest table is here nobody knows where these are.
+    for page in [38, 21, 100, 5] {
+        world.now += Duration::from_millis(1);
+        world.fault(0, page);
+    }
+    assert_eq!(world.state.missed(), [0; 0]);
+    world.complete();
+    world.fault(0, 30);
+    world.fault(1, 30);
+    world.fault(0, 101);
+    assert_eq!(world.state.missed(), [38, 21, 30]);
+}
+
+#[test]
+fn a_neighbour_of_a_miss_is_held_apart_until_it_is_touched_or_the_background_brings_it() {
+    let mut world = notes();
+    world.complete();
+    world.fault(0, 25);
+    let miss = Ask { pack: 1, class: Class::Miss };
+    assert_eq!(world.state.next(Duration::ZERO), Some(miss));
+    world.under_way.push(miss);
+    world.land(0, true);
+    assert_eq!(world.file, BTreeSet::from([25]));
+    assert!(world.state.is_held_apart(1) && !world.state.is_held_apart(0));
+    world.fault(0, 26);
+    assert_eq!(world.state.missed(), [25, 26]);
+    world.settle();
+    assert_eq!(world.file.range(20..40).count(), 20);
+    assert!(!world.state.is_held_apart(1));
+}
+
+#[test]
+fn a_page_that_was_there_and_was_given_back_is_no_miss() {
+    let mut world = notes();
+    world.settle();
+    world.fault(0, 25);
+    world.step(Op::Lost(25));
+    world.fault(0, 25);
+    assert!(world.blocked.contains(&(0, 25)));
+    assert_eq!(world.state.missed(), [0; 0]);
+}
+
+#[test]
+fn a_guest_that_reads_its_memory_through_fills_the_notes_and_then_has_whole_packs_again() {
+    let pages = MISSED_MAX as u32 + 32;
+    let pack = |first: u32| Pack {
+        digest: Digest::of(&first.to_le_bytes()),
+        stored: 1000,
+        slots: (first..first + 16).map(Some).collect(),
+    };
+    let rest = Rest { packs: (0..pages / 16).map(|n| pack(n * 16)).collect() };
+    let want = Hydrate { notes: true, ..Hydrate::default() };
+    let mut state = State::new(Map::new(pages, First::default()).unwrap(), want, Bits::new(pages));
+    state.complete(rest).unwrap();
+    let mut put = Vec::new();
+    for page in 0..pages {
+        if state.fault(Duration::ZERO, 0, true, page) == Verdict::Wait {
+            let ask = state.next(Duration::ZERO).unwrap();
+            let slots = state.arrived(ask);
+            slots.iter().for_each(|(_, page)| _ = state.filled(*page));
+            put.push(slots.len());
+        }
+    }
+    assert_eq!(state.missed().len(), MISSED_MAX);
+    // The last page that is noted brings its neighbours, of which there are none left.
+    assert_eq!(put, [vec![1; MISSED_MAX], vec![16, 16]].concat());
 }

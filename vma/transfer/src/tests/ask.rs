@@ -1,6 +1,7 @@
 //! Questions between machines.
 
 use super::fleet::{Fleet, Running};
+use crate::frame::QUESTION_MAX;
 use crate::identity::Role;
 use crate::{Answerer, Error, Fault, Limits, Server, Sources};
 use std::time::Duration;
@@ -45,16 +46,30 @@ async fn a_machine_is_answered_by_its_certified_name_and_others_are_not() {
     let (_lets, heard) = watch::channel(false);
     let running = answering(&fleet, heard).await;
     let sources = asker(&fleet, Role::Machine, &running);
-    let long = "x".repeat(7000);
+    let long = "x".repeat(QUESTION_MAX - 2);
     let answer: String = sources.ask(&long, SOON).await.unwrap();
     assert_eq!(answer, format!("spiffe://vmatrix/machine/tokyo-1 asks {long}"));
     assert_eq!(refusal(&sources, "no").await, "no means no");
     assert!(refusal(&sources, "much").await.contains("65536"));
-    assert!(refusal(&sources, &"x".repeat(9000)).await.contains("8192"));
+    assert!(refusal(&sources, &"x".repeat(QUESTION_MAX - 1)).await.contains(&QUESTION_MAX.to_string()));
     let operator = asker(&fleet, Role::Operator, &running);
     assert!(refusal(&operator, "who").await.contains("only machines"));
     let silent = fleet.serve_store(&fleet.empty("silent")).await;
     assert!(refusal(&asker(&fleet, Role::Machine, &silent), "who").await.contains("answers no questions"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_knows_no_such_question_is_passed_over() {
+    let fleet = Fleet::new();
+    let (_lets, heard) = watch::channel(false);
+    let (silent, knows) = (fleet.serve_store(&fleet.empty("silent")).await, answering(&fleet, heard).await);
+    let addresses = vec![silent.address, knows.address];
+    let identity = fleet.identity(Role::Machine, "tokyo-1");
+    let sources = Sources::new(&identity, fleet.empty("local"), addresses, None, &Limits::default()).unwrap();
+    let answer: String = sources.ask_each(&"who", SOON).await.unwrap();
+    assert!(answer.ends_with("tokyo-1 asks who"), "{answer}");
+    let refused = sources.ask_each::<_, String>(&"no", SOON).await.unwrap_err().to_string();
+    assert!(refused.contains("answers no questions") && refused.contains("no means no"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
