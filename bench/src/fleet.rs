@@ -90,6 +90,8 @@ pub fn start_store_of(bench: &Bench, fleet: &Fleet, site: &Site, folder: &Path) 
         "store": store,
         "identity": fleet.identity(Role::Store, "store")?,
         "keys": store.join("keys"),
+        // Every run is to find the same image.
+        "learn": false,
     });
     let mut store = daemon(bench, fleet, "store", &format!("store-{}", site.name), &config, site)?;
     until_listening(&bench.stop, &mut store, site, listen)?;

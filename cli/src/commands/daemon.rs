@@ -15,7 +15,7 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Edge(d) => block_on(vmatrix_edge_agent::run(&d.config)).context("edge ended")?,
         Command::Origin(d) => block_on(vmatrix_edge_agent::origin::run(&d.config)).context("origin ended")?,
         Command::Store(d) => {
-            let learner = |store: &Store| Some(Learner::answerer(store.clone()));
+            let learner = |store: &Store| Learner::answerer(store.clone());
             block_on(async { Ok(vmatrix_vma_transfer::run_answering(&d.config, learner).await?) })
                 .context("store ended")?
         }

@@ -269,6 +269,8 @@ pub fn daemons(fleet: &Fleet, place: &Place, signers: &[String]) -> anyhow::Resu
         "identity": IDENTITY,
         "keys": store.join("keys"),
         "keep_windows": true,
+        // A play leaves its images as they were, so that the next one is the same.
+        "learn": false,
     });
     all.push(DaemonSpec {
         name: "store".into(),

@@ -22,7 +22,7 @@ async fn main() -> anyhow::Result<()> {
         "machine" => vmatrix_vma_agent::machine::run(&config).await,
         "vma" => vmatrix_vma_agent::run(&config).await,
         "store" => {
-            let learner = |store: &Store| Some(Learner::answerer(store.clone()));
+            let learner = |store: &Store| Learner::answerer(store.clone());
             Ok(vmatrix_vma_transfer::run_answering(&config, learner).await?)
         }
         "wan" => tokio::task::block_in_place(|| vmatrix_lab::wan::run(&config)),

@@ -310,6 +310,14 @@ pub struct StoreConfig {
     /// Set the network namespace's `tcp_slow_start_after_idle` to 0, so that warm connections stay warm.
     #[serde(default)]
     pub keep_windows: bool,
+    /// Whether lists of the store's own images learn what machines say guests waited for. Where not, images stay as they
+    /// were built.
+    #[serde(default = "yes")]
+    pub learn: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl StoreConfig {
@@ -336,15 +344,20 @@ impl StoreConfig {
 /// # Errors
 /// The configuration, the identity or the store cannot be read, or the address is taken.
 pub async fn run(config: &Path) -> Result<()> {
-    run_answering(config, |_| None).await
+    serve_config(StoreConfig::read(config)?, None::<fn(&Store) -> Answerer>).await
 }
 
 /// As [`run`], with somebody who answers machines' questions about the store.
 ///
 /// # Errors
 /// As [`run`].
-pub async fn run_answering(config: &Path, answerer: impl FnOnce(&Store) -> Option<Answerer>) -> Result<()> {
+pub async fn run_answering(config: &Path, answerer: impl FnOnce(&Store) -> Answerer) -> Result<()> {
     let config = StoreConfig::read(config)?;
+    let answerer = Some(answerer).filter(|_| config.learn);
+    serve_config(config, answerer).await
+}
+
+async fn serve_config(config: StoreConfig, answerer: Option<impl FnOnce(&Store) -> Answerer>) -> Result<()> {
     let identity = Identity::read(&config.identity)?;
     let address = config.store.clone();
     // A bucket's client has a runtime of its own, which must not be made on this one.
@@ -357,7 +370,7 @@ pub async fn run_answering(config: &Path, answerer: impl FnOnce(&Store) -> Optio
     let listener =
         TcpListener::bind(config.listen).await.map_err(|source| Error::Listen { address: config.listen, source })?;
     tracing::info!(listen = %config.listen, store = config.store, name = %identity.name(), "serving chunks");
-    let answerer = answerer(&store);
+    let answerer = answerer.map(|answerer| answerer(&store));
     let server = Server::new(ServerConfig { identity, store, keys: config.keys, rate_mbit: config.rate_mbit })?;
     if let Some(answerer) = answerer {
         server.answer_with(answerer);

@@ -2,13 +2,12 @@
 //!
 //! ```text
 //! spawn ──────────────────────────────┐
-//! manifest ─▶ first table, device state ─▶ memory served ─▶ load state ─▶ cont ─▶ reseed, clock ─▶ ports open, healthy
+//! manifest ─▶ first table, device state ─▶ memory served ─▶ load state ─▶ cont ─▶ reseed, clock ─▶ healthy ─▶ ports open
 //!                                 └─ working set, in the order in which the guest touches it ─ ─ ─ ─▶ the rest ─ ─ ─ ▶
 //! ```
 //! The guest does not wait for its working set but runs into it: what it touches next is what comes next.
 //!
-//! Ports open when the guest was awakened: before, two clones would give out the same random bytes. They need not wait
-//! for its health: nothing is advertised that was not seen healthy.
+//! Ports open last: before the guest was awakened, two clones would give out the same random bytes.
 
 use super::image::{Known, Level};
 use super::process::{self, Process};
@@ -42,6 +41,10 @@ pub const RESUME_LIMIT: Duration = Duration::from_secs(70);
 const HEALTH_EVERY: Duration = Duration::from_millis(20);
 /// One health check of a guest that is waking.
 const HEALTH_LIMIT: Duration = Duration::from_secs(3);
+/// Further answers of an emulated guest until the next one takes no longer than all that follow.
+const RUN_IN: u32 = 3;
+/// They take some 30 ms.
+const RUN_IN_LIMIT: Duration = Duration::from_millis(60);
 /// QEMU ends in milliseconds when asked; after so long it is made to.
 const QUIT_GRACE: Duration = Duration::from_secs(3);
 /// What a guest's clock may be from this machine's before it gets traffic.
@@ -130,7 +133,14 @@ impl Machine {
             self.awaken(instance, &sockets).await?;
         }
         let awake = began.elapsed();
-        tokio::try_join!(self.open_ports(&record), self.until_healthy(instance, known, &vm, &sockets))?;
+        self.until_healthy(instance, known, &vm, &sockets).await?;
+        let run_in = async {
+            // One whose memory is still coming would wait for that.
+            if pager.is_ready() {
+                self.run_in(instance, known).await;
+            }
+        };
+        tokio::join!(self.open_ports(&record), run_in).0?;
         tracing::info!(
             %instance,
             spawned_ms = spawned.as_millis(),
@@ -144,14 +154,28 @@ impl Machine {
         Ok(())
     }
 
-    /// Opens the ports of a guest that was awakened: nobody is sent to it before it was seen healthy, and who comes all the
-    /// same need not wait for that.
+    /// Opens the ports of a guest that was awakened.
     ///
     /// # Errors
     /// The rules are not taken.
     pub(super) async fn open_ports(&self, record: &Record) -> anyhow::Result<()> {
         let (inside, rules) = (netns::path(&self.namespace(&record.spec.instance)), open(&record.spec.ports));
         tokio::task::spawn_blocking(move || cell::nft(&inside, &rules)).await?
+    }
+
+    /// Asks an emulated guest some more, while its ports are being opened: its code is translated as it first runs, and a
+    /// second answer takes twice as long as the tenth. What is run in here no client waits for.
+    async fn run_in(&self, instance: &InstanceId, known: &Known) {
+        let (inside, guest) = (netns::path(&self.namespace(instance)), &known.manifest.guest);
+        let asked = async {
+            for _ in 0..RUN_IN {
+                // Whether it is well was seen, and is looked at again soon.
+                let _ = health::ask(&inside, guest.address, &guest.health, RUN_IN_LIMIT).await;
+            }
+        };
+        if known.manifest.machine.accelerator == "tcg" {
+            let _ = tokio::time::timeout(RUN_IN_LIMIT, asked).await;
+        }
     }
 
     /// Waits for the first right answer of a guest that was resumed.

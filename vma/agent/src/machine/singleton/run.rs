@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! resume: take it, if another machine has it ─▶ its state's manifest and first bytes ─▶ pager ─▶ QEMU waits
-//!          ─▶ adopt ─▶ note writes ─▶ load ─▶ cont ─▶ clock ─▶ healthy ─▶ ports open
+//!          ─▶ adopt ─▶ note writes ─▶ load ─▶ cont ─▶ clock ─▶ ports open, healthy
 //! ```
 //! A guest that has run is never begun anew: nobody else has what it did since. Where this daemon was killed on the
 //! way, QEMU says how far it was: waiting for its state, it has not run; else it goes on.
@@ -239,6 +239,7 @@ impl Machine {
                 .with_context(|| format!("the clock of {instance} was not set"))?;
         }
         let awake = began.elapsed();
+        // Its users, who were in the middle of something, need not wait for the check.
         tokio::try_join!(self.open_ports(record), self.until_healthy(instance, &known, &vm, &sockets))?;
         tracing::info!(
             %instance,
