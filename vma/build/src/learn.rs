@@ -4,7 +4,8 @@
 //! machine: pages ─▶ Learner: whose image? its list by now? one at a time ─▶ learn: packs of these pages, new manifest
 //! ```
 //! Nothing of the image is laid out but these pages: every other pack stays as it is, so that whoever has the image
-//! fetches the new packs alone, and guests that run from it still find all of theirs.
+//! fetches the new packs alone, and guests that run from it find theirs. A pack of which every page was learned, and the
+//! tables before, are named by nothing then: they go with the store's next collection, after its grace.
 //!
 //! # Invariants
 //! 1. Memory is the same, byte for byte, whatever is asked: a machine that lies makes a list longer, no page wrong.
@@ -220,6 +221,7 @@ impl Learner {
         })?;
         let Recorded { digest, before, after } = learned;
         if digest != *built {
+            self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(image.to_owned(), Instant::now());
             tracing::info!(
                 asker = asker.id,
                 digest = digest.short(),
@@ -243,9 +245,9 @@ impl Learner {
         })
     }
 
-    /// Notes that an image's list is made anew, unless it was just now.
+    /// Whether an image's list may be made anew: not if it just was.
     fn may(&self, image: &str) -> Result<()> {
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(ago) = made.get(image).map(Instant::elapsed).filter(|ago| *ago < LEARN_EVERY) {
             return Err(no(format!(
                 "the list of image {image} was made {} s ago, and is left alone for {}",
@@ -253,7 +255,6 @@ impl Learner {
                 LEARN_EVERY.as_secs()
             )));
         }
-        made.insert(image.to_owned(), Instant::now());
         Ok(())
     }
 }

@@ -28,7 +28,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::OwnedMutexGuard;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 use vmatrix_model::assignment::Singleton;
 use vmatrix_model::manifest::SignedManifest;
 use vmatrix_model::{Digest, ServiceId};
@@ -123,8 +123,8 @@ struct Met {
     up: JoinSet<anyhow::Result<()>>,
 }
 
-/// A holder that is being met, and at which address.
-type Meeting = (SocketAddr, JoinHandle<anyhow::Result<Got<Met>>>);
+/// A holder that is being met, and at which address. It ends with whoever waits for it.
+type Meeting = (SocketAddr, JoinSet<anyhow::Result<Got<Met>>>);
 
 /// Holders that are being met while the cell is built, by service. Its bound is that of cells.
 #[derive(Debug, Default)]
@@ -132,10 +132,15 @@ pub struct Meetings(Mutex<BTreeMap<ServiceId, Meeting>>);
 
 impl Meetings {
     /// Gives a meeting up.
-    pub(super) fn end(&self, service: &ServiceId) {
-        if let Some((_, meeting)) = self.take(service) {
-            meeting.abort();
+    pub(super) async fn end(&self, service: &ServiceId) {
+        let meeting = self.take(service);
+        if let Some((_, mut meeting)) = meeting {
+            meeting.shutdown().await;
         }
+    }
+
+    pub(super) fn has(&self, service: &ServiceId) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains_key(service)
     }
 
     fn take(&self, service: &ServiceId) -> Option<Meeting> {
@@ -239,7 +244,7 @@ impl Machine {
             Err(refused) => return Err(refused.into()),
         };
         // Where it went it is most often taken back from.
-        self.warm_peer(asker.serving)?;
+        self.warm_peer(asker.serving);
         let epoch = held.tenure.epoch;
         tracing::info!(%service, to, epoch, pages = took.pages, "handed over");
         // Its guest stands still and never runs again here; the asker need not wait for its process to end.
@@ -251,7 +256,8 @@ impl Machine {
             }
         });
         let begin = match &held.state {
-            Some(state) => self.beginning(service, state)?.map(Box::new),
+            // What cannot be told so is asked for.
+            Some(state) => self.beginning(service, state).unwrap_or_default().map(Box::new),
             None => None,
         };
         Ok(Answer::Handed { epoch, state: State::of(&held), begin, relay, took })
@@ -261,6 +267,7 @@ impl Machine {
     async fn hand_on(self: &Arc<Self>, service: &ServiceId, mut held: Held) -> anyhow::Result<(Held, Took)> {
         let saved = async {
             let Some(record) = self.cell_of(service) else { return Ok(None) };
+            self.end_unused(&record.spec.instance).await?;
             if self.find_vm(&record, &process::all()).is_none() {
                 return Ok(None);
             }
@@ -311,9 +318,11 @@ impl Machine {
 
     /// After a restart: what was being handed on is, what was handed on does not run, what runs is served.
     pub(super) async fn settle(self: &Arc<Self>) {
-        for (service, held) in self.tenures.all() {
+        for (service, _) in self.tenures.all() {
             let settled = async {
                 let _turn = self.tenures.turn(&service).lock_owned().await;
+                // Whoever had the turn before may have written more.
+                let Some(held) = self.tenures.get(&service) else { return Ok(()) };
                 match &held.tenure.part {
                     Part::Saving { .. } => {
                         self.hand_on(&service, held).await?;
@@ -321,11 +330,14 @@ impl Machine {
                     }
                     Part::Handed { .. } => {
                         if let Some(taker) = &held.taker {
-                            self.warm_peer(taker.serving)?;
+                            self.warm_peer(taker.serving);
                         }
                         self.leave(&service).await
                     }
                     Part::Held => {
+                        if let Some(record) = self.cell_of(&service) {
+                            self.end_unused(&record.spec.instance).await?;
+                        }
                         let runs = self.cell_of(&service).and_then(|r| self.find_vm(&r, &process::all()));
                         if let (Some(_), Some(built)) = (runs, self.images.known(&held.image)) {
                             let (known, _) = self.state(&service, &held, &built).await?;
@@ -407,8 +419,8 @@ impl Machine {
             return;
         }
         let (machine, part, built) = (self.clone(), record.clone(), built.clone());
-        let meeting = tokio::spawn(async move { machine.meet_at(&part, &built, at).await });
-        self.meetings.end(&service);
+        let mut meeting = JoinSet::new();
+        meeting.spawn(async move { machine.meet_at(&part, &built, at).await });
         self.meetings.0.lock().unwrap_or_else(PoisonError::into_inner).insert(service, (at, meeting));
     }
 
@@ -425,7 +437,7 @@ impl Machine {
             bail!("it is asked for at this machine, which does not have it; name the one that does");
         }
         // While it is met: what is pushed when it stops is not to wait for a window that grows.
-        self.warm_peer(at)?;
+        self.warm_peer(at);
         let before = self.tenures.get(service);
         let end = self.relay_in(record, at).await?;
         let asker = Taker { serving, relay: end.as_ref().map(|(_, own)| own.clone()) };
@@ -461,10 +473,10 @@ impl Machine {
         let began = Instant::now();
         let (service, guest) = (&record.spec.instance.service, &built.manifest.guest);
         let begun = match self.meetings.take(service).filter(|(with, _)| *with == at) {
-            Some((_, meeting)) => meeting.await.context("the meeting was cut off")?.map(Some).unwrap_or_else(|e| {
-                tracing::debug!(%service, error = format!("{e:#}"), "met again");
-                None
-            }),
+            Some((_, mut meeting)) => match meeting.join_next().await {
+                Some(Ok(Ok(met))) => Some(met),
+                _ => None,
+            },
             None => None,
         };
         let met = match begun {
@@ -506,19 +518,28 @@ impl Machine {
         let mut held = self.held_by(at, &state, tenure, before.as_ref());
         held.before = known.filter(|k| Some(k) != held.state.as_ref()).or(held.before);
         self.tenures.write(service, &held)?;
-        if let Some(begin) = begin {
-            self.keep_beginning(service, &held, &begin)?;
+        if let Some(begin) = begin
+            && let Err(e) = self.keep_beginning(service, &held, &begin)
+        {
+            // It is asked for as anything else is.
+            tracing::warn!(%service, from = %at, error = format!("{e:#}"), "what came with the hand-over is not used");
         }
-        while let Some(started) = up.join_next().await {
-            if let Err(e) = started.context("it was cut off").and_then(|started| started) {
-                tracing::warn!(%service, error = format!("{e:#}"), "no relay: connections to it end");
+        let relayed = async {
+            while let Some(started) = up.join_next().await {
+                if let Err(e) = started.context("it was cut off").and_then(|started| started) {
+                    tracing::debug!(%service, error = format!("{e:#}"), "the relay is started again");
+                }
             }
-        }
-        if let (Some(way), Some(relay)) = (way, &relay) {
-            if let Some(end) = self.relay_known(record, way, relay)? {
-                self.start_relay(record, way, &end).await?;
+            if let (Some(way), Some(relay)) = (way, &relay) {
+                if let Some(end) = self.relay_known(record, way, relay)? {
+                    self.start_relay(record, way, &end).await?;
+                }
+                self.mind_relay(record, way, at);
             }
-            self.mind_relay(record, way, at);
+            anyhow::Ok(())
+        };
+        if let Err(e) = relayed.await {
+            tracing::warn!(%service, error = format!("{e:#}"), "no relay: connections to it end");
         }
         tracing::info!(
             %service,

@@ -94,6 +94,11 @@ impl Known {
         Ok(Known { signed, manifest, digest, key: OnceCell::new() })
     }
 
+    /// Names the moment that it was suspended at: its device state. The same whatever its list has learned since.
+    pub fn build(&self) -> Digest {
+        self.manifest.device.digest
+    }
+
     /// The first 16 hex digits of its digest: what its folders are named by.
     pub fn short(&self) -> String {
         short(&self.digest)

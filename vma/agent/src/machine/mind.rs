@@ -156,6 +156,10 @@ pub async fn relays(machine: Arc<Machine>) {
             // Under a step, or while it is handed over, it is looked at again in a second.
             let Ok(_alone) = machine.alone(&instance).try_lock_owned() else { continue };
             let Ok(_turn) = machine.tenures.turn(&instance.service).try_lock_owned() else { continue };
+            // A meeting starts its own.
+            if machine.meetings.has(&instance.service) {
+                continue;
+            }
             let (Some(known), Some(record)) =
                 (machine.images.known(&record.spec.image), machine.records.get(&instance))
             else {

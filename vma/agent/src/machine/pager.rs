@@ -277,8 +277,8 @@ impl Machine {
             None => None,
         };
         make_folder(&pager.folder)?;
-        let manifest = pager.folder.join("manifest.json");
-        let before = (!image).then(|| pager.folder.join("before.json"));
+        let manifest = self::image(&pager.folder);
+        let before = (!image).then(|| before(&pager.folder));
         let config = Config {
             image: manifest.clone(),
             before: before.clone(),
@@ -335,6 +335,16 @@ impl Machine {
 
 fn config(folder: &Path) -> PathBuf {
     folder.join("pager.json")
+}
+
+/// Where a pager finds the manifest of its image.
+pub fn image(folder: &Path) -> PathBuf {
+    folder.join("manifest.json")
+}
+
+/// Where a pager whose image comes later finds that of the image it begins from.
+pub fn before(folder: &Path) -> PathBuf {
+    folder.join("before.json")
 }
 
 /// The pager whose files are in a folder, if it runs.

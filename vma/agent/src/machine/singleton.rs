@@ -66,7 +66,7 @@ pub struct Taker {
 #[serde(deny_unknown_fields)]
 pub struct Held {
     pub tenure: Tenure,
-    /// Name and digest of the built image that it began from.
+    /// Name of the built image that it began from, and [`Known::build`].
     pub image: String,
     pub built: Digest,
     /// What it is held with; none: the built image, for it has never been saved.

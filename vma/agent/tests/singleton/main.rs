@@ -7,6 +7,7 @@
 
 mod book;
 mod full;
+mod ready;
 mod times;
 mod users;
 mod world;

@@ -201,21 +201,32 @@ impl World {
 
     /// Kills what serves the guest of a machine: its pagers, and its ends of relays.
     pub fn kill_helpers(&self, machine: usize) {
-        let folder = format!("{}/", self.path(self.machines[machine]).display());
-        let helper = |line: &str| {
-            line.contains(&folder) && (line.contains(" pager --config ") || line.contains(" relay --config "))
-        };
-        let killed = self.processes(helper);
-        assert!(killed.len() > 1, "machine {machine} has no pager or no relay: {killed:?}");
-        for pid in killed {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        for words in [" pager --config ", " relay --config "] {
+            assert!(self.made(machine, words) > 0, "machine {machine} has no{words}");
+            self.end_made(machine, words);
         }
     }
 
     /// Ends of relays that run for a machine.
     pub fn relays(&self, machine: usize) -> usize {
+        self.made(machine, " relay --config ")
+    }
+
+    /// Processes that a machine made, with such words in their command lines.
+    pub fn made(&self, machine: usize, words: &str) -> usize {
+        self.pids(machine, words).len()
+    }
+
+    fn pids(&self, machine: usize, words: &str) -> Vec<i32> {
         let folder = format!("{}/", self.path(self.machines[machine]).display());
-        self.processes(|line| line.contains(&folder) && line.contains(" relay --config ")).len()
+        self.processes(|line| line.contains(&folder) && line.contains(words))
+    }
+
+    /// Kills the processes that [`World::made`] counts.
+    pub fn end_made(&self, machine: usize, words: &str) {
+        for pid in self.pids(machine, words) {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
     }
 
     /// Starts it again.

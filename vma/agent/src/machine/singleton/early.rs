@@ -142,18 +142,31 @@ impl Machine {
         }
     }
 
-    /// Ends what was made for a singleton and not used.
+    /// Whether the pager of a singleton waits for its image: a QEMU beside it has not run, and may not even answer.
+    pub(in crate::machine) fn is_untold(&self, service: &ServiceId) -> bool {
+        let folder = self.singles_folder(service);
+        pager::before(&folder).exists() && !pager::image(&folder).exists()
+    }
+
+    /// Ends what was made for a singleton and not used, by an earlier daemon too.
     ///
     /// # Errors
     /// A process does not end.
-    pub(in crate::machine) async fn end_early(&self, service: &ServiceId) -> anyhow::Result<()> {
-        let Some(made) = self.earlies.take(service) else { return Ok(()) };
-        if let Ok(Ok(vm)) = made.await {
-            process::end(&vm, Duration::ZERO).await?;
+    pub(in crate::machine) async fn end_unused(&self, instance: &InstanceId) -> anyhow::Result<()> {
+        let service = &instance.service;
+        let made = self.earlies.take(service);
+        let was_made = made.is_some();
+        if let Some(made) = made {
+            // What it began has an end of its own.
+            let _ = made.await;
         }
-        if let Some(pager) = pager::find(&self.singles_folder(service)) {
-            process::end(&pager, Duration::ZERO).await?;
+        if !was_made && !self.is_untold(service) {
+            return Ok(());
         }
-        Ok(())
+        self.end_vm(instance).await?;
+        match pager::find(&self.singles_folder(service)) {
+            Some(pager) => process::end(&pager, Duration::ZERO).await,
+            None => Ok(()),
+        }
     }
 }

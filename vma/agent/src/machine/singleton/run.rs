@@ -93,8 +93,9 @@ impl Machine {
         let woken = tokio::time::timeout_at(deadline, woken).await;
         let woken = woken.unwrap_or_else(|_| bail!("{instance} was not healthy after {} s", RESUME_LIMIT.as_secs()));
         if let Err(e) = woken {
-            self.end_early(service).await?;
-            self.undo_resume(record).await?;
+            if let Err(more) = self.undo_resume(record).await {
+                tracing::warn!(%instance, error = format!("{more:#}"), "a resume that failed is not undone");
+            }
             return Err(e);
         }
         self.forgive(instance);
@@ -107,6 +108,7 @@ impl Machine {
     /// After a resume that failed: a QEMU whose guest has not run ends; one whose guest has, goes on.
     async fn undo_resume(self: &Arc<Self>, record: &Record) -> anyhow::Result<()> {
         let instance = &record.spec.instance;
+        self.end_unused(instance).await?;
         let Some(record) = self.records.get(instance).filter(|r| r.phase == Phase::Resuming) else { return Ok(()) };
         if self.find_vm(&record, &process::all()).is_some() && self.run(&record).await? != Run::Waits {
             return Ok(());
@@ -141,7 +143,7 @@ impl Machine {
                 let held = Held {
                     tenure: Tenure::first(),
                     image: record.spec.image.clone(),
-                    built: built.digest,
+                    built: built.build(),
                     state: None,
                     before: None,
                     sources: Vec::new(),
@@ -175,10 +177,20 @@ impl Machine {
         let latest = self.relays(record)?.latest;
         let early = self.use_early(instance, &known, held).await?;
         let mut running = self.find_vm(record, &process::all()).filter(|_| early.is_none());
-        if running.is_some() && (record.phase == Phase::Ready || self.run(record).await? == Run::Waits) {
+        if let Some(vm) = &running {
             // Made for a guest that did not come, or half begun when this daemon ended: it has not run.
-            self.end_vm(instance).await?;
-            running = None;
+            let never_ran = record.phase == Phase::Ready || self.is_untold(&instance.service);
+            let gone = never_ran
+                || match self.run(record).await {
+                    Ok(run) => run == Run::Waits,
+                    // It ended meanwhile.
+                    Err(_) if !process::is_alive(vm) => true,
+                    Err(e) => return Err(e),
+                };
+            if gone {
+                self.end_vm(instance).await?;
+                running = None;
+            }
         }
         let sockets = Sockets::within(self.records.folder(instance));
         let (vm, mut monitor) = match running {
@@ -187,6 +199,12 @@ impl Machine {
                 let dead = |e: vmatrix_vma_image::Error| {
                     anyhow::Error::new(e).context(format!("QEMU of {instance} said: {:?}", spawn::words(&sockets)))
                 };
+                let folder = self.memory.of_singleton(&instance.service);
+                if early.is_none() {
+                    // What an earlier run left is of that run.
+                    self.end_run(&instance.service).await?;
+                    self.memory.prepare(&folder, &known)?;
+                }
                 let spawn = async {
                     let (pager, vm) = match early {
                         Some(early) => early,
@@ -203,7 +221,6 @@ impl Machine {
                     Ok((vm, monitor, spawned, began.elapsed()))
                 };
                 let ship = async {
-                    let folder = self.memory.of_singleton(&instance.service);
                     let device = self.device_file(&known, push, &folder, held).await?;
                     anyhow::Ok((device, began.elapsed()))
                 };
@@ -251,7 +268,7 @@ impl Machine {
         Ok(())
     }
 
-    /// A pager and a waiting QEMU on an empty memory file. What an earlier run left is of that run.
+    /// A pager and a waiting QEMU on an empty memory file.
     async fn begin_run(
         self: &Arc<Self>,
         record: &Record,
@@ -260,7 +277,6 @@ impl Machine {
         tap: Option<OwnedFd>,
     ) -> anyhow::Result<(Arc<Pager>, Process)> {
         let instance = &record.spec.instance;
-        self.end_run(&instance.service).await?;
         let pager = self.singles_pager(&instance.service, known, held);
         pager.up().await?;
         let tap = tap.map_or_else(|| self.open_tap(instance), Ok)?;
@@ -326,13 +342,13 @@ impl Machine {
         held: &Held,
         built: &Arc<Known>,
     ) -> anyhow::Result<(Arc<Known>, Option<Pushed>)> {
-        if held.image != built.manifest.name || held.built != built.digest {
+        if held.image != built.manifest.name || held.built != built.build() {
             bail!(
                 "{service} began from another build of image {} ({}) than the one that is here ({}); put that build \
                  into the sources",
                 held.image,
                 held.built.short(),
-                built.digest.short()
+                built.build().short()
             );
         }
         let Some(state) = &held.state else { return Ok((built.clone(), None)) };
@@ -513,16 +529,15 @@ impl Machine {
     }
 
     /// Has a connection to one machine be up, and its window large, before it is needed.
-    ///
-    /// # Errors
-    /// This machine's identity is not whole.
-    pub(in crate::machine) fn warm_peer(&self, at: SocketAddr) -> anyhow::Result<()> {
-        let known = self.peers.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&at);
-        let peer = self.peer(at)?;
-        if !known {
-            tokio::spawn(async move { peer.warm().await });
+    pub(in crate::machine) fn warm_peer(&self, at: SocketAddr) {
+        if self.peers.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&at) {
+            return;
         }
-        Ok(())
+        match self.peer(at) {
+            Ok(peer) => drop(tokio::spawn(async move { peer.warm().await })),
+            // Whoever needs it says so.
+            Err(e) => tracing::debug!(%at, error = format!("{e:#}"), "not warmed"),
+        }
     }
 
     /// A connection to one machine, kept for the next time.

@@ -126,10 +126,10 @@ impl Machine {
     pub(in crate::machine) async fn suspend_singleton(self: &Arc<Self>, record: &Record) -> anyhow::Result<()> {
         let (instance, service) = (&record.spec.instance, &record.spec.instance.service);
         let _turn = self.tenures.turn(service).lock_owned().await;
-        self.meetings.end(service);
-        self.end_early(service).await?;
+        self.meetings.end(service).await;
+        self.end_unused(instance).await?;
         if record.phase == Phase::Building {
-            return Ok(());
+            return self.end_run(service).await;
         }
         self.records.note(instance, Phase::Suspending, None)?;
         let inside = netns::path(&self.namespace(instance));
