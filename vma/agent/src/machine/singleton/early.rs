@@ -163,7 +163,11 @@ impl Machine {
         if !was_made && !self.is_untold(service) {
             return Ok(());
         }
-        self.end_vm(instance).await?;
+        // Not asked first: one that waits for its disks does not hear.
+        let record = self.records.get(instance);
+        if let Some(vm) = record.and_then(|record| self.find_vm(&record, &process::all())) {
+            process::end(&vm, Duration::ZERO).await?;
+        }
         match pager::find(&self.singles_folder(service)) {
             Some(pager) => process::end(&pager, Duration::ZERO).await,
             None => Ok(()),

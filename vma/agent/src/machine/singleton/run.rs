@@ -85,6 +85,10 @@ impl Machine {
                 record.spec.image
             );
         }
+        if !self.earlies.has(service) {
+            // By an earlier daemon, which did not get to use it.
+            self.end_unused(instance).await?;
+        }
         self.records.note(instance, Phase::Resuming, None)?;
         let woken = async {
             let (held, tap) = self.hold(record, &built).await?;
