@@ -188,6 +188,13 @@ impl Images {
         self.reach(name, &known, level(&found));
     }
 
+    /// Why an image does not come and will not by itself, if that is so.
+    pub fn stopped(&self, name: &str) -> Option<Fault> {
+        let images = self.lock();
+        let image = images.get(name).filter(|i| !i.is_fetching() && i.level < Level::Critical)?;
+        image.trouble.clone().filter(|fault| fault.lasting)
+    }
+
     /// Changes an image, if there is one, and tells who waits.
     pub fn change(&self, image: &str, f: impl FnOnce(&mut Image)) {
         if let Some(i) = self.lock().get_mut(image) {

@@ -59,6 +59,10 @@ impl Machine {
         if record.spec.singleton.is_some() {
             return self.resume_singleton(&record).await;
         }
+        // What cannot be staged for good is not tried again by a resume, in whose answer it would look as if it came.
+        if let Some(fault) = self.images.stopped(&record.spec.image) {
+            return Err(anyhow::Error::new(fault));
+        }
         let known = self.until(&record.spec.image, Level::Known, CRITICAL_LIMIT).await?;
         fits(&record.spec, &known.manifest)?;
         let guest = &known.manifest.guest;
@@ -85,15 +89,15 @@ impl Machine {
         });
         let woken = tokio::time::timeout_at(deadline, self.wake(instance, &known, waits, closed)).await;
         let woken = woken.unwrap_or_else(|_| bail!("{instance} was not healthy after {} s", RESUME_LIMIT.as_secs()));
-        if let Err(e) = woken {
+        let took = now().since(began);
+        // One that cannot be written down is not left running either: nobody would know of it.
+        if let Err(e) = woken.and_then(|()| self.records.note(instance, Phase::Healthy, Some(took))) {
             self.end_vm(instance).await?;
-            self.records.note(instance, Phase::Ready, None)?;
             self.images.look_again(&record.spec.image);
+            self.records.note(instance, Phase::Ready, None)?;
             return Err(e);
         }
         self.forgive(instance);
-        let took = now().since(began);
-        self.records.note(instance, Phase::Healthy, Some(took))?;
         tracing::info!(%instance, took = %took, "resumed");
         Ok(())
     }
