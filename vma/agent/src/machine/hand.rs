@@ -487,6 +487,10 @@ impl Machine {
             Got::Here(met) => met,
             Got::Elsewhere(at) => return Ok(Got::Elsewhere(at)),
         };
+        // What the holder sends from then on finds its end.
+        while let Some(started) = up.join_next().await {
+            started.context("the relay was cut off")??;
+        }
         let (known, met) = (known.snapshot, began.elapsed());
         let before = self.tenures.get(service);
         // Before the holder sends packets here: they wait at the tap until the guest reads it.
@@ -525,11 +529,6 @@ impl Machine {
             tracing::warn!(%service, from = %at, error = format!("{e:#}"), "what came with the hand-over is not used");
         }
         let relayed = async {
-            while let Some(started) = up.join_next().await {
-                if let Err(e) = started.context("it was cut off").and_then(|started| started) {
-                    tracing::debug!(%service, error = format!("{e:#}"), "the relay is started again");
-                }
-            }
             if let (Some(way), Some(relay)) = (way, &relay) {
                 if let Some(end) = self.relay_known(record, way, relay)? {
                     self.start_relay(record, way, &end).await?;
