@@ -452,7 +452,7 @@ impl Machine {
         if let Some((way, theirs)) = &relay
             && let Some(end) = self.relay_known(record, *way, theirs)?
         {
-            // Beside what follows: what is sent before both ends have shaken hands waits in the one that sends it.
+            // While the cell is built and what the guest runs from is brought here.
             let (machine, part, way) = (self.clone(), record.clone(), *way);
             up.spawn(async move {
                 machine.until_founded(&part).await?;
