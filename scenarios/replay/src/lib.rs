@@ -6,11 +6,13 @@
 //! ```
 
 pub mod arrivals;
-mod chance;
+pub mod chance;
+pub mod matrix;
 pub mod recording;
 pub mod report;
 pub mod scenario;
 pub mod timeline;
+pub mod trace;
 mod world;
 
 pub use timeline::timeline;

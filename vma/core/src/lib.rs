@@ -36,6 +36,7 @@
 //! 5. Nothing is dropped or drained before there is an assignment, nor before machines have had
 //!    time to subscribe to an agent that just began.
 
+pub mod balance;
 pub mod cell;
 pub mod machine;
 pub mod pack;

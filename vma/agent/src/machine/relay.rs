@@ -390,29 +390,34 @@ impl Machine {
             peer_key: peer.key.clone(),
             status: status.clone(),
         })?;
-        if self.find_relay(record, way).is_some() {
-            if std::fs::read_to_string(&config).is_ok_and(|there| there == text) {
-                return Ok(());
+        let is_it = || std::fs::read_to_string(&config).is_ok_and(|there| there == text);
+        let relay = match self.find_relay(record, way).filter(|_| is_it()) {
+            Some(relay) => relay,
+            None => {
+                self.end_relay(record, way).await?;
+                let _ = std::fs::remove_file(&status);
+                crate::replace(&config, text.as_bytes())
+                    .with_context(|| format!("cannot write {}", config.display()))?;
+                let output =
+                    std::fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+                let child = tokio::process::Command::new(&self.program)
+                    .args(["relay", "--config"])
+                    .arg(&config)
+                    .stdin(Stdio::null())
+                    .stdout(output.try_clone()?)
+                    .stderr(output)
+                    .process_group(0)
+                    .spawn()
+                    .with_context(|| format!("cannot start {} relay", self.program.display()))?;
+                process::started(&child).await?
             }
-            self.end_relay(record, way).await?;
-        }
-        let _ = std::fs::remove_file(&status);
-        crate::replace(&config, text.as_bytes()).with_context(|| format!("cannot write {}", config.display()))?;
-        let output = std::fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
-        let mut child = tokio::process::Command::new(&self.program)
-            .args(["relay", "--config"])
-            .arg(&config)
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output)
-            .process_group(0)
-            .spawn()
-            .with_context(|| format!("cannot start {} relay", self.program.display()))?;
-        // It writes its status when the device is there.
+        };
+        // It writes its status when the device is there. Whoever started it may have been given up before the way back
+        // was made: that is made again.
         let deadline = Instant::now() + DEVICE_LIMIT;
         while !status.exists() {
-            if let Some(ended) = child.try_wait().context("cannot wait for the relay")? {
-                bail!("the relay of {} ended ({ended}): {}", record.spec.instance, process::tail(&log));
+            if !process::is_alive(&relay) {
+                bail!("the relay of {} ended: {}", record.spec.instance, process::tail(&log));
             }
             if Instant::now() > deadline {
                 bail!("the relay of {} does not come up: {}", record.spec.instance, process::tail(&log));

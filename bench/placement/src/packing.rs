@@ -1,0 +1,1 @@
+//! Packing instances on machines, beside Ganeti's `hbal` on its own score.

@@ -1,0 +1,1 @@
+//! Pools that services share: how many machines a loss target needs.

@@ -1,0 +1,1 @@
+//! Quality: what online placement costs, over what any placement must cost.

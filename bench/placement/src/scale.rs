@@ -1,0 +1,1 @@
+//! Scale: ten thousand networks, a hundred thousand client prefixes.

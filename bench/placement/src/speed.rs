@@ -1,0 +1,1 @@
+//! Speed of a replay, and that it is the same each time.

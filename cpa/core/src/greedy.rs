@@ -1,0 +1,1 @@
+//! Lazy greedy placement of one service over many networks and prefixes.

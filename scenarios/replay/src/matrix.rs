@@ -1,0 +1,1 @@
+//! Matrices: round trips and prices between places, as they were measured.

@@ -1,0 +1,1 @@
+//! Demand traces: requests in each of equal steps of time.
