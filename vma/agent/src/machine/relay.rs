@@ -398,8 +398,7 @@ impl Machine {
                 let _ = std::fs::remove_file(&status);
                 crate::replace(&config, text.as_bytes())
                     .with_context(|| format!("cannot write {}", config.display()))?;
-                let output =
-                    std::fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+                let output = std::fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
                 let child = tokio::process::Command::new(&self.program)
                     .args(["relay", "--config"])
                     .arg(&config)
