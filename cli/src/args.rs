@@ -314,7 +314,7 @@ pub enum Identity {
 
 #[derive(Debug, clap::Args)]
 pub struct Bench {
-    /// `relocate`, `resume`, `density`, `wire`, `fanout` or `singleton`; none: only what `--write` says
+    /// `relocate`, `resume`, `density`, `wire`, `fanout`, `singleton` or `placement`; none: only what `--write` says
     #[arg(required_unless_present = "write")]
     pub name: Option<String>,
     /// Print the result as one JSON object on the last line
@@ -323,7 +323,7 @@ pub struct Bench {
     /// Few rows and runs: whether it works, not how fast it is
     #[arg(long)]
     pub quick: bool,
-    /// Only rows whose guest/mechanism/link contains one of these
+    /// Only rows whose guest/mechanism/link contains one of these; of `placement` its parts, by name
     #[arg(long)]
     pub rows: Vec<String>,
     /// Runs of each row, instead of five

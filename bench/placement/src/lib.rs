@@ -9,14 +9,87 @@
 pub mod burst;
 pub mod fair;
 pub mod packing;
+pub mod page;
 pub mod pools;
 pub mod quality;
 pub mod scale;
 pub mod speed;
 
+use anyhow::Context;
+use serde_json::{Map, Value, json};
+use std::path::Path;
 use std::time::Duration;
 
 /// CPU time that this thread has had.
 pub fn cpu() -> Duration {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
+/// The parts, in the order of the result.
+pub const PARTS: [&str; 7] = ["quality", "scale", "burst", "pools", "fair", "packing", "replay"];
+
+/// Measures all parts, or those that are named.
+///
+/// # Errors
+/// There is no part of that name, or what a part says.
+pub fn measure(data: Option<&Path>, quick: bool, parts: &[String]) -> anyhow::Result<Value> {
+    if let Some(unknown) = parts.iter().find(|p| !PARTS.contains(&p.as_str())) {
+        anyhow::bail!("there is no part {unknown:?} of this bench; there are {}", PARTS.join(", "));
+    }
+    let mut found = Map::new();
+    found.insert("bench".to_owned(), "placement".into());
+    found.insert("quick".to_owned(), quick.into());
+    found.insert("policy".to_owned(), "mpc".into());
+    for part in PARTS.iter().filter(|part| parts.is_empty() || parts.iter().any(|p| p == *part)) {
+        let measure = match *part {
+            "quality" => quality::measure,
+            "scale" => scale::measure,
+            "burst" => burst::measure,
+            "pools" => pools::measure,
+            "fair" => fair::measure,
+            "packing" => packing::measure,
+            _ => speed::measure,
+        };
+        let value = measure(data, quick).with_context(|| format!("part {part}"))?;
+        match value {
+            // Its rows are the bench's.
+            Value::Object(quality) if *part == "quality" => found.extend(quality),
+            value => drop(found.insert((*part).to_owned(), value)),
+        }
+    }
+    Ok(Value::Object(found))
+}
+
+/// The goals of all parts, as `(part, goal)`.
+pub fn goals(found: &Value) -> Vec<(String, Value)> {
+    let of = |part: &str, value: &Value| -> Vec<(String, Value)> {
+        let goals = value.get("goals").and_then(Value::as_array);
+        goals.into_iter().flatten().map(|goal| (part.to_owned(), goal.clone())).collect()
+    };
+    let parts = found.as_object().into_iter().flatten();
+    let mut all = of("quality", found);
+    all.extend(parts.flat_map(|(part, value)| of(part, value)));
+    all
+}
+
+/// A goal from above, against what was seen.
+pub fn at_most(what: &str, most: f64, seen: f64) -> Value {
+    json!({ "what": what, "wanted": format!("<= {most}"), "seen": seen, "met": seen <= most })
+}
+
+/// A goal from below, against what was seen.
+pub fn at_least(what: &str, least: f64, seen: f64) -> Value {
+    json!({ "what": what, "wanted": format!(">= {least}"), "seen": seen, "met": seen >= least })
+}
+
+/// The middle one; NaN if there is none, which meets no goal.
+pub fn median(of: &[f64]) -> f64 {
+    let mut sorted = of.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// The largest one; NaN if there is none.
+pub fn worst(of: &[f64]) -> f64 {
+    of.iter().copied().max_by(f64::total_cmp).unwrap_or(f64::NAN)
 }

@@ -3,10 +3,14 @@
 use super::image::store;
 use crate::args;
 use anyhow::{Context, Result};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use vmatrix_bench::{Options, Scope, markdown, results};
 
 pub fn run(bench: &args::Bench) -> Result<ExitCode> {
+    if bench.name.as_deref() == Some("placement") {
+        return placement(bench);
+    }
     if let Some(name) = &bench.name {
         let options = Options {
             program: std::env::current_exe().context("cannot find the program that runs")?,
@@ -29,6 +33,26 @@ pub fn run(bench: &args::Bench) -> Result<ExitCode> {
         anyhow::ensure!(!files.is_empty(), "--write needs results: name their files with --from, or --into");
         std::fs::write(page, markdown(&results::read_all(&files)?))
             .with_context(|| format!("cannot write {}", page.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Needs neither store nor guests, and has parts in place of rows.
+fn placement(bench: &args::Bench) -> Result<ExitCode> {
+    let data = std::env::var_os("VMATRIX_DATA").map(PathBuf::from);
+    let found = vmatrix_bench_placement::measure(data.as_deref(), bench.quick, &bench.rows)?;
+    let page = vmatrix_bench_placement::page::markdown(&found);
+    if bench.json {
+        println!("{found}");
+    } else {
+        print!("{page}");
+    }
+    if let Some(file) = &bench.into {
+        let text = serde_json::to_string_pretty(&found)? + "\n";
+        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    if let Some(file) = &bench.write {
+        std::fs::write(file, page).with_context(|| format!("cannot write {}", file.display()))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -25,6 +25,7 @@ pub mod forecast;
 mod gap;
 pub mod greedy;
 pub mod hold;
+pub mod horizon;
 pub mod memory;
 pub mod orders;
 pub mod pools;
