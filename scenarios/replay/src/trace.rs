@@ -9,9 +9,18 @@
 //! Nothing here needs the place a request came from: the public traces do not tell it.
 
 mod civil;
+mod clean;
+mod describe;
 mod format;
+mod generate;
 mod lines;
+#[cfg(test)]
+mod recorded;
+mod reshape;
 
+pub use clean::{Change, Filling};
+pub use describe::{Burst, Description};
+pub use generate::{Crowd, DAYS_MAX, Kind, generate};
 pub use format::{Gap, Gaps, Imported, import, parse, read};
 pub(crate) use lines::{Bounds, Line, Lines, shown};
 pub use lines::TraceError;

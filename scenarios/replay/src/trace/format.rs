@@ -11,7 +11,7 @@
 //!                              …
 //! ```
 
-use super::{Bounds, COUNT_MAX, Line, Lines, STEPS_MAX, Trace, TraceError, bad_step, civil, shown};
+use super::{Bounds, COUNT_MAX, Line, Lines, NAME_MAX, STEPS_MAX, Trace, TraceError, bad_step, civil, shown};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -81,9 +81,7 @@ pub fn parse(file: &str, content: impl BufRead) -> Result<Imported, TraceError> 
     let Some(first) = lines.next()? else { return Err(lines.whole("is empty")) };
     let imported = match first.text {
         PERIODS => {
-            let stem = Path::new(file).file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            let stem = stem.split('.').next().filter(|s| !s.is_empty()).unwrap_or("trace");
-            periods(stem, &mut lines)?
+            periods(&named_after(file), &mut lines)?
         }
         OURS => Imported { trace: ours(&mut lines)?, gaps: Gaps::default() },
         other => {
@@ -93,6 +91,15 @@ pub fn parse(file: &str, content: impl BufRead) -> Result<Imported, TraceError> 
     };
     imported.trace.check().map_err(|e| lines.whole(e.to_string()))?;
     Ok(imported)
+}
+
+/// A file's name up to its first dot, as far as that can be a trace's name.
+fn named_after(file: &str) -> String {
+    let stem = Path::new(file).file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    let stem = stem.split('.').next().unwrap_or_default();
+    // A character has at most four bytes.
+    let name: String = stem.chars().filter(|c| !c.is_control()).take(NAME_MAX / 4).collect();
+    Some(name.trim().to_owned()).filter(|n| !n.is_empty()).unwrap_or("trace".to_owned())
 }
 
 /// Reads the rows after `period,count`.
@@ -175,13 +182,16 @@ fn row(line: &Line<'_>) -> Result<(i64, u64), TraceError> {
 
 /// A number of requests.
 fn count(line: &Line<'_>, text: &str) -> Result<u64, TraceError> {
-    let problem = match text.parse() {
-        Ok(count) if count <= COUNT_MAX && !text.starts_with('+') => return Ok(count),
-        Ok(_) => format!("is more than {COUNT_MAX}"),
-        Err(_) if text.parse::<f64>().is_ok_and(f64::is_nan) => "is not a number".to_owned(),
-        Err(_) if text.parse::<f64>().is_ok_and(|n| n < 0.0) => "is negative".to_owned(),
-        Err(_) if text.parse::<f64>().is_ok_and(|n| n > COUNT_MAX as f64) => format!("is more than {COUNT_MAX}"),
-        Err(_) => "is not a whole number".to_owned(),
+    let digits = text.bytes().all(|b| b.is_ascii_digit());
+    if let Some(count) = text.parse().ok().filter(|count| digits && *count <= COUNT_MAX) {
+        return Ok(count);
+    }
+    let problem = match text.parse::<f64>() {
+        Ok(number) if number.is_nan() => "is not a number".to_owned(),
+        Ok(number) if number < 0.0 => "is negative".to_owned(),
+        Ok(number) if number > COUNT_MAX as f64 => format!("is more than {COUNT_MAX}"),
+        Ok(_) => "is not a whole number in plain digits".to_owned(),
+        Err(_) => "is not a number".to_owned(),
     };
     Err(line.bad(format!("count {} {problem}", shown(text))))
 }
@@ -247,5 +257,144 @@ impl Trace {
             writeln!(to, "{count}")?;
         }
         to.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn text(rows: &str) -> Result<Imported, TraceError> {
+        parse("some.csv", format!("period,count\n{rows}").as_bytes())
+    }
+
+    /// Minutes from 1998-04-30 21:30.
+    fn minutes(counts: &[u64]) -> Trace {
+        Trace { name: "some".into(), begins: 893_971_800, step: Span::secs(60), counts: counts.to_vec() }
+    }
+
+    #[test]
+    fn periods_become_steps() {
+        let read = text("1998-04-30 21:30:00,2\r\n1998-04-30 21:31:00,0\n1998-04-30 21:32:00,16").unwrap();
+        assert_eq!(read, Imported { trace: minutes(&[2, 0, 16]), gaps: Gaps::default() });
+    }
+
+    #[test]
+    fn gaps_are_silence_and_are_told() {
+        let read = text("1998-04-30 21:30:00,2\n1998-04-30 21:31:00,3\n1998-04-30 21:34:00,4\n").unwrap();
+        assert_eq!(read.trace, minutes(&[2, 3, 0, 0, 4]));
+        assert_eq!(read.gaps.0, [Gap { from: 893_971_800 + 120, steps: 2 }]);
+        let told = "1 gaps of 2 steps in all filled with zeros, the first at 1998-04-30 21:32:00";
+        assert_eq!(read.gaps.to_string(), told);
+    }
+
+    #[test]
+    fn bad_rows_are_refused_with_their_line() {
+        let after = |row: &str| text(&format!("1998-04-30 21:30:00,1\n1998-04-30 21:31:00,2\n{row}"));
+        let far = format!("1998-04-30 21:32:00,{}", "9".repeat(30));
+        let long = format!("1998-04-30 21:32:00,{}", "1".repeat(5000));
+        for (row, said) in [
+            ("1998-04-30 21:32:00,-3", "some.csv:4: count \"-3\" is negative"),
+            ("1998-04-30 21:32:00,NaN", "some.csv:4: count \"NaN\" is not a number"),
+            ("1998-04-30 21:32:00,many", "some.csv:4: count \"many\" is not a number"),
+            ("1998-04-30 21:32:00,", "some.csv:4: count \"\" is not a number"),
+            ("1998-04-30 21:32:00,2.5", "is not a whole number"),
+            ("1998-04-30 21:32:00,+2", "is not a whole number"),
+            ("1998-04-30 21:32:00,1000000000001", "is more than 1000000000000"),
+            (&far, "is more than 1000000000000"),
+            ("1998-04-30 21:31:00,2", "some.csv:4: 1998-04-30 21:31:00 is there twice"),
+            ("1998-04-30 21:30:00,2", "some.csv:4: the clock goes back"),
+            ("1998-04-30 21:32:30,2", "some.csv:4: comes 90 s after the row before, and the others come every 60 s"),
+            ("9998-04-30 21:32:00,2", "some.csv:4: comes more than a century"),
+            ("2098-04-30 21:32:00,2", "some.csv:4: comes after a gap that makes more than 10000000 steps"),
+            ("1998-02-30 21:32:00,2", "some.csv:4: period \"1998-02-30 21:32:00\" is not a time"),
+            ("1998-04-30 21:32:00", "some.csv:4: \"1998-04-30 21:32:00\" is not a period and a count"),
+            ("\n", "some.csv:4: \"\" is not a period and a count"),
+            (&long, "some.csv:4: is longer than 4096 bytes"),
+        ] {
+            let told = after(row).unwrap_err().to_string();
+            assert!(told.contains(said), "{row}: {told}");
+        }
+        assert_eq!(after("1998-04-30 21:32:00,1000000000000").unwrap().trace.counts, [1, 2, COUNT_MAX]);
+    }
+
+    #[test]
+    fn what_is_no_trace_is_refused() {
+        let whole = |content: &str| parse("f", content.as_bytes()).unwrap_err().to_string();
+        assert_eq!(whole(""), "f: is empty");
+        assert_eq!(whole("period,count\n"), "f: has no rows");
+        assert!(whole("period,count\n1998-04-30 21:30:00,1").contains("has one row"));
+        assert!(whole("time,count\n").contains("f:1: \"time,count\" begins no trace"));
+        assert!(whole("# vmatrix trace 2\n").contains("hint: a trace begins with"));
+        assert!(whole("period,count\n1998-04-30 00:00:00,1\n1998-05-30 00:00:00,1").contains("its step is"));
+        assert!(whole("# vmatrix trace 1\n# name: a\n").contains("ends before its \"# begins"));
+        assert!(whole("# vmatrix trace 1\n# begins: a\n").contains("f:2: \"# begins: a\" stands where"));
+        let ours = |step: &str, rest: &str| {
+            whole(&format!("# vmatrix trace 1\n# name: a\n# begins: 1998-04-30 21:30:00\n# step_s: {step}\n{rest}"))
+        };
+        for step in ["-1", "1e3", "0.0000001", "", ".5", "5.", "99999999999999999999"] {
+            assert!(ours(step, "requests\n1\n").contains("f:4: step_s cannot be"), "{step}");
+        }
+        for step in ["0", "0.7", "1.5"] {
+            assert!(ours(step, "requests\n1\n").contains("its step must be whole seconds"), "{step}");
+        }
+        assert!(ours("60", "1\n").contains("f:5: \"1\" stands where \"requests\" should"));
+        assert!(ours("60", "requests\n1\n-1\n").contains("f:7: count \"-1\" is negative"));
+        assert!(ours("60", "requests\n").contains("it has no steps"));
+    }
+
+    #[test]
+    fn a_trace_without_a_name_is_called_as_its_file() {
+        assert_eq!(named_after("of/worldcup98.csv.gz"), "worldcup98");
+        assert_eq!(named_after(".csv"), "trace");
+        assert_eq!(named_after("a\nb .csv"), "ab");
+        assert!(named_after(&"é".repeat(200)).len() <= NAME_MAX);
+    }
+
+    #[test]
+    fn the_form_is_the_one_that_the_documents_show() {
+        let mut written = vec![];
+        Trace { step: Span::ms(250), ..minutes(&[2, 11]) }.write("f", &mut written).unwrap();
+        let shown = "# vmatrix trace 1\n# name: some\n# begins: 1998-04-30 21:30:00\n# step_s: 0.25\nrequests\n2\n11\n";
+        assert_eq!(String::from_utf8(written).unwrap(), shown);
+        let refused = Trace { name: "two\nlines".into(), ..minutes(&[1]) }.write("f", &mut vec![]).unwrap_err();
+        assert!(refused.to_string().contains("its name must be one line"), "{refused}");
+    }
+
+    /// Any trace that there may be.
+    fn any_trace() -> impl Strategy<Value = Trace> {
+        let steps = prop_oneof![(1u64..=86_400).prop_map(Span::secs), Just(Span::ms(250)), Just(Span(1))];
+        let name = "[^\\pC\\s]([^\\pC]{0,20}[^\\pC\\s])?";
+        (name, 0..civil::END / 2, steps, proptest::collection::vec(0..=COUNT_MAX, 1..50))
+            .prop_map(|(name, begins, step, counts)| Trace { name, begins, step, counts })
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_written_is_read_again(trace in any_trace()) {
+            let mut written = vec![];
+            trace.write("f", &mut written).unwrap();
+            let read = parse("f", &written[..]).unwrap();
+            prop_assert_eq!(read, Imported { trace, gaps: Gaps::default() });
+        }
+
+        #[test]
+        fn no_bytes_make_a_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400), packed: bool) {
+            let magic: &[u8] = if packed { &[0x1f, 0x8b, 8] } else { b"" };
+            let _ = parse("f", &[magic, &bytes].concat()[..]);
+            for start in [PERIODS, OURS] {
+                let _ = parse("f", &[start.as_bytes(), b"\n", &bytes].concat()[..]);
+            }
+        }
+
+        #[test]
+        fn nearly_right_rows_are_read_or_refused(rows in "((1998|2038|9999)-0[0-9]-[0-3]0 2[0-9]:[0-6]0:00,[0-9.+eNa-]{0,14}\n){0,6}") {
+            if let Ok(read) = text(&rows) {
+                prop_assert!(read.trace.check().is_ok());
+                let filled: u64 = read.gaps.0.iter().map(|g| g.steps).sum();
+                prop_assert_eq!(read.trace.counts.len() as u64 - filled, rows.lines().count() as u64);
+            }
+        }
     }
 }
