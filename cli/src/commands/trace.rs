@@ -5,8 +5,8 @@ use anyhow::{Context, Result};
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use vmatrix_replay::trace::{self, Crowd, Kind, TraceError};
 use vmatrix_replay::matrix;
+use vmatrix_replay::trace::{self, Crowd, Kind, TraceError};
 
 pub fn run(trace: &Trace) -> Result<ExitCode> {
     match trace {
@@ -77,7 +77,8 @@ fn describe(file: &Path) -> Result<String> {
     }
     let matrix = matrix::read(file)?;
     let (seen, done) = (matrix.describe(), matrix.complete());
-    let completed = if seen.unknown > 0 { format!("completed   {done}\n{}", done.matrix.describe()) } else { String::new() };
+    let completed =
+        if seen.unknown > 0 { format!("completed   {done}\n{}", done.matrix.describe()) } else { String::new() };
     Ok(format!("{seen}{completed}"))
 }
 
@@ -91,7 +92,10 @@ fn is_matrix(file: &Path) -> Result<bool> {
     let mut start = vec![];
     let read = std::fs::File::open(file).and_then(|f| f.take(START).read_to_end(&mut start));
     read.with_context(|| format!("cannot read {}", file.display()))?;
-    Ok(start.split(|b| *b == b'\n').next().is_some_and(|line| line.contains(&b'\t') && !line.starts_with(&[0x1f, 0x8b])))
+    Ok(start
+        .split(|b| *b == b'\n')
+        .next()
+        .is_some_and(|line| line.contains(&b'\t') && !line.starts_with(&[0x1f, 0x8b])))
 }
 
 fn say(text: &str) -> Result<()> {

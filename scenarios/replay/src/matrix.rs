@@ -90,7 +90,8 @@ impl Matrix {
         let pick = |a: usize, b: usize| self.rtt(kept[a], kept[b]).unwrap_or(UNKNOWN);
         let measured: Vec<u32> = (0..n * n).map(|i| pick(i / n, i % n)).collect();
         // Floyd and Warshall: ways over the first places only, then over one more.
-        let mut shortest: Vec<u64> = measured.iter().map(|rtt| if *rtt == UNKNOWN { u64::MAX } else { u64::from(*rtt) }).collect();
+        let mut shortest: Vec<u64> =
+            measured.iter().map(|rtt| if *rtt == UNKNOWN { u64::MAX } else { u64::from(*rtt) }).collect();
         for over in 0..n {
             let leg: Vec<u64> = shortest[over * n..(over + 1) * n].to_vec();
             for row in shortest.chunks_exact_mut(n) {
@@ -112,11 +113,13 @@ impl Matrix {
             u32::try_from(way).unwrap_or(UNKNOWN).min(UNKNOWN - 1)
         });
         let rtt_us = rtt_us.collect();
-        let egress = self.egress.as_ref().map(|_| {
-            (0..n * n).map(|i| self.price(kept[i / n], kept[i % n]).unwrap_or_default()).collect()
-        });
+        let egress = self
+            .egress
+            .as_ref()
+            .map(|_| (0..n * n).map(|i| self.price(kept[i / n], kept[i % n]).unwrap_or_default()).collect());
         let names = kept.iter().map(|i| self.names[*i].clone()).collect();
-        let dropped = (0..self.len()).filter(|i| kept.binary_search(i).is_err()).map(|i| self.names[i].clone()).collect();
+        let dropped =
+            (0..self.len()).filter(|i| kept.binary_search(i).is_err()).map(|i| self.names[i].clone()).collect();
         Completed { matrix: Matrix { names, rtt_us, egress }, filled: filled / 2, dropped }
     }
 
@@ -244,7 +247,8 @@ fn dats(folder: &Path) -> Result<Vec<(String, PathBuf)>, MatrixError> {
     }
     found.sort();
     if found.is_empty() {
-        let hint = "\n\nhint: name a folder with a latency.csv, one with a .dat file a region, or a file of n × n numbers";
+        let hint =
+            "\n\nhint: name a folder with a latency.csv, one with a .dat file a region, or a file of n × n numbers";
         return Err(MatrixError::Whole { file, problem: format!("holds no matrix that can be read{hint}") });
     }
     Ok(found)
@@ -310,7 +314,12 @@ impl Places {
 }
 
 /// Lines of `content`, each of at most `line` bytes.
-fn lines<'a>(file: &str, content: impl BufRead + Read + 'a, line: usize, most: usize) -> Result<Lines<'a>, MatrixError> {
+fn lines<'a>(
+    file: &str,
+    content: impl BufRead + Read + 'a,
+    line: usize,
+    most: usize,
+) -> Result<Lines<'a>, MatrixError> {
     Lines::of(file, content, Bounds { line, bytes: line as u64 * most as u64 })
 }
 

@@ -20,10 +20,10 @@ mod reshape;
 
 pub use clean::{Change, Filling};
 pub use describe::{Burst, Description};
-pub use generate::{Crowd, DAYS_MAX, Kind, generate};
 pub use format::{Gap, Gaps, Imported, import, parse, read};
-pub(crate) use lines::{Bounds, Line, Lines, shown};
+pub use generate::{Crowd, DAYS_MAX, Kind, generate};
 pub use lines::TraceError;
+pub(crate) use lines::{Bounds, Line, Lines, shown};
 
 use vmatrix_model::Span;
 

@@ -183,7 +183,9 @@ proptest! {
 fn recorded(what: &str) -> Option<PathBuf> {
     let folder = std::env::var_os("VMATRIX_DATA").map(|data| PathBuf::from(data).join(what));
     if folder.is_none() {
-        eprintln!("NOT TESTED on {what}: VMATRIX_DATA does not name the folder of recorded data (docs/placement-data.md)");
+        eprintln!(
+            "NOT TESTED on {what}: VMATRIX_DATA does not name the folder of recorded data (docs/placement-data.md)"
+        );
     }
     folder
 }

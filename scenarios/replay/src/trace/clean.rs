@@ -76,7 +76,8 @@ impl Trace {
         // Says what is wrong if there is nothing between.
         self.slice(from, to)?;
         let (filled, changes) = self.fill(std::slice::from_ref(&hole));
-        let whole = Change { from: self.at(hole.start), steps: hole.len() as u64, was: 0, now: 0, filling: Filling::Nothing };
+        let whole =
+            Change { from: self.at(hole.start), steps: hole.len() as u64, was: 0, now: 0, filling: Filling::Nothing };
         Ok((filled, changes.first().copied().unwrap_or(whole)))
     }
 
@@ -127,7 +128,8 @@ impl Trace {
         if parts == 0 {
             return None;
         }
-        let at = |i: usize| days.iter().filter_map(|by| shifted(i, *by)).map(|j| u128::from(self.counts[j])).sum::<u128>();
+        let at =
+            |i: usize| days.iter().filter_map(|by| shifted(i, *by)).map(|j| u128::from(self.counts[j])).sum::<u128>();
         // Sums of counts are below 2^64 and a count below 2^40: two of each fit.
         let new = hole.clone().map(|i| (at(i) * here + parts / 2) / parts);
         Some(new.map(|c| u64::try_from(c).unwrap_or(COUNT_MAX).min(COUNT_MAX)).collect())
@@ -213,15 +215,23 @@ mod tests {
         stuck.counts[noon - 30..noon + 30].fill(77_777);
         let (clean, changes) = stuck.clean();
         assert_eq!(changes.len(), 1);
-        assert_eq!((changes[0].from, changes[0].steps, changes[0].filling), ((noon as i64 - 30) * 60, 60, Filling::Days));
+        assert_eq!(
+            (changes[0].from, changes[0].steps, changes[0].filling),
+            ((noon as i64 - 30) * 60, 60, Filling::Days)
+        );
         assert_eq!((changes[0].was, changes[0].now), (60 * 77_777, clean.counts[noon - 30..noon + 30].iter().sum()));
         for i in 0..whole.counts.len() {
             let (right, seen) = (whole.counts[i], clean.counts[i]);
             let around = (noon - 30..noon + 30).contains(&i);
             // Noise is a tenth; the day's level and the doubling at noon are right within it.
-            assert!(if around { right.abs_diff(seen) * 100 <= right * 15 } else { right == seen }, "{i}: {right} {seen}");
+            assert!(
+                if around { right.abs_diff(seen) * 100 <= right * 15 } else { right == seen },
+                "{i}: {right} {seen}"
+            );
         }
-        assert!(changes[0].to_string().starts_with("1970-01-02 11:30:00: 60 steps of 4666620 requests in all replaced by "));
+        assert!(
+            changes[0].to_string().starts_with("1970-01-02 11:30:00: 60 steps of 4666620 requests in all replaced by ")
+        );
     }
 
     #[test]

@@ -18,7 +18,7 @@ const RATIO: (u128, u128) = (5, 2);
 const NOW: Span = Span::secs(5 * 60);
 const GROWTH: Span = Span::secs(10 * 60);
 const USUAL: Span = Span::secs(3600);
-/// About a match, with what comes before and after.
+/// About a match, with what comes before and after; in which also the peak of a burst is looked for.
 const APART: Span = Span::secs(3 * 3600);
 /// Squared standard deviations by which Poisson noise lies below a burst: five, once in some 3·10^6 steps.
 const NOISE: u128 = 25;
@@ -33,7 +33,7 @@ pub struct Burst {
     pub to: i64,
     /// Usual requests of a step when it began.
     pub usual: u64,
-    /// Its highest step in thousandths of the usual.
+    /// The highest step within three hours of its beginning, in thousandths of the usual.
     pub peak: u64,
 }
 
@@ -121,7 +121,8 @@ impl Trace {
         }
         let now = self.steps_of(NOW) as u128;
         let burst = |(first, last, usual): (usize, usize, u128)| {
-            let highest = self.counts.get(first..=last).and_then(|c| c.iter().max()).copied().unwrap_or(0);
+            // What is usual follows after an hour and ends the burst; the crowd may go on growing.
+            let highest = self.counts.iter().skip(first).take(apart).max().copied().unwrap_or(0);
             Burst {
                 from: self.at(first),
                 to: self.at(last),

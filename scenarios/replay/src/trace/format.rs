@@ -80,9 +80,7 @@ pub fn parse(file: &str, content: impl BufRead) -> Result<Imported, TraceError> 
     let mut lines = Lines::of(file, content, BOUNDS)?;
     let Some(first) = lines.next()? else { return Err(lines.whole("is empty")) };
     let imported = match first.text {
-        PERIODS => {
-            periods(&named_after(file), &mut lines)?
-        }
+        PERIODS => periods(&named_after(file), &mut lines)?,
         OURS => Imported { trace: ours(&mut lines)?, gaps: Gaps::default() },
         other => {
             let hint = format!("\n\nhint: a trace begins with the line \"{PERIODS}\" or \"{OURS}\"");
@@ -120,7 +118,9 @@ fn periods(name: &str, lines: &mut Lines<'_>) -> Result<Imported, TraceError> {
                 )));
             }
             Some(last) => {
-                ahead.push(u32::try_from(at - last).map_err(|_| line.bad("comes more than a century after the row before"))?);
+                ahead.push(
+                    u32::try_from(at - last).map_err(|_| line.bad("comes more than a century after the row before"))?,
+                );
             }
         }
         if counts.len() == STEPS_MAX {
@@ -167,7 +167,9 @@ fn usual(ahead: &[u32]) -> Option<u32> {
     for distance in ahead {
         *seen.entry(*distance).or_default() += 1;
     }
-    seen.into_iter().max_by_key(|(distance, times)| (*times, std::cmp::Reverse(*distance))).map(|(distance, _)| distance)
+    seen.into_iter()
+        .max_by_key(|(distance, times)| (*times, std::cmp::Reverse(*distance)))
+        .map(|(distance, _)| distance)
 }
 
 fn row(line: &Line<'_>) -> Result<(i64, u64), TraceError> {

@@ -68,8 +68,7 @@ pub struct Crowd {
 
 impl Crowd {
     /// Ten times in one minute, half of it gone after twenty: quicker than nine in ten of the crowds of public logs.
-    pub const SUDDEN: Crowd =
-        Crowd { onset: None, rise: Span::secs(60), peak: 10_000, half_life: Span::secs(20 * 60) };
+    pub const SUDDEN: Crowd = Crowd { onset: None, rise: Span::secs(60), peak: 10_000, half_life: Span::secs(20 * 60) };
 }
 
 impl Kind {
@@ -100,7 +99,9 @@ pub fn generate(kind: Kind, seed: u64, days: u32) -> Trace {
             Kind::Flash(crowd) => part(of_day(since, USUAL), ONE + above(crowd, &onsets, since)),
             Kind::Stock => of_day(since, STOCK),
             Kind::Sport => of_day(since, SPORT),
-            Kind::Swell => part(of_day(since, USUAL), ONE + part(SWELL, wave(since, 2 * steps * STEP_S).unsigned_abs())),
+            Kind::Swell => {
+                part(of_day(since, USUAL), ONE + part(SWELL, wave(since, 2 * steps * STEP_S).unsigned_abs()))
+            }
         };
         noisy(part(BASE, level), &mut chance)
     });
@@ -220,7 +221,8 @@ mod tests {
         let (wednesday, sunday) = (of(&trace, 48..72), of(&trace, 144..168));
         assert!((78..82).contains(&(sunday * 100 / wednesday)), "{sunday} {wednesday}");
         assert!(trace.describe().bursts.unwrap().is_empty());
-        let noise = trace.counts.windows(2).map(|w| w[0].abs_diff(w[1]).pow(2)).sum::<u64>() / trace.counts.len() as u64;
+        let noise =
+            trace.counts.windows(2).map(|w| w[0].abs_diff(w[1]).pow(2)).sum::<u64>() / trace.counts.len() as u64;
         let mean = trace.describe().mean;
         assert!((18..22).contains(&(noise * 10 / mean)), "two Poisson numbers differ by √(2·mean): {noise} {mean}");
     }

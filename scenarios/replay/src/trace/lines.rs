@@ -51,11 +51,8 @@ impl<'a> Lines<'a> {
     pub fn of(file: &str, mut from: impl BufRead + 'a, bounds: Bounds) -> Result<Lines<'a>, TraceError> {
         let read = |source| TraceError::Read { file: file.to_owned(), source };
         let packed = from.fill_buf().map_err(read)?.starts_with(&[0x1f, 0x8b]);
-        let from: Box<dyn BufRead + 'a> = if packed {
-            Box::new(BufReader::new(flate2::bufread::MultiGzDecoder::new(from)))
-        } else {
-            Box::new(from)
-        };
+        let from: Box<dyn BufRead + 'a> =
+            if packed { Box::new(BufReader::new(flate2::bufread::MultiGzDecoder::new(from))) } else { Box::new(from) };
         Ok(Lines { file: file.to_owned(), from, bounds, number: 0, bytes: 0, buffer: Vec::new() })
     }
 
