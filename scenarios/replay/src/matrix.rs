@@ -18,7 +18,7 @@ pub use crate::trace::TraceError as MatrixError;
 use crate::trace::{Bounds, Line, Lines, shown};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use vmatrix_model::{Bytes, MicroUsd};
 
@@ -316,7 +316,7 @@ impl Places {
 /// Lines of `content`, each of at most `line` bytes.
 fn lines<'a>(
     file: &str,
-    content: impl BufRead + Read + 'a,
+    content: impl BufRead + 'a,
     line: usize,
     most: usize,
 ) -> Result<Lines<'a>, MatrixError> {

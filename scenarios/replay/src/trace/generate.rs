@@ -176,7 +176,8 @@ fn ratio(whole: u64, a: u64, b: u64) -> u64 {
 fn noisy(mean: u64, chance: &mut Chance) -> u64 {
     // From -6 to 6, with a variance of 1, in parts of 2^32.
     let normal = (0..12).map(|_| i128::from(chance.under(1 << 32))).sum::<i128>() - (6 << 32);
-    let deviation = normal * i128::from((u128::from(mean) << 16).isqrt() as u64) >> (32 + 8);
+    // The square root of 2^16 times the mean is 2^8 times the deviation.
+    let deviation = (normal * i128::from((u128::from(mean) << 16).isqrt() as u64)) >> (32 + 8);
     u64::try_from((i128::from(mean) + deviation).max(0)).unwrap_or(u64::MAX).min(super::COUNT_MAX)
 }
 
