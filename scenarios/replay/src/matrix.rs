@@ -314,12 +314,7 @@ impl Places {
 }
 
 /// Lines of `content`, each of at most `line` bytes.
-fn lines<'a>(
-    file: &str,
-    content: impl BufRead + 'a,
-    line: usize,
-    most: usize,
-) -> Result<Lines<'a>, MatrixError> {
+fn lines<'a>(file: &str, content: impl BufRead + 'a, line: usize, most: usize) -> Result<Lines<'a>, MatrixError> {
     Lines::of(file, content, Bounds { line, bytes: line as u64 * most as u64 })
 }
 

@@ -11,9 +11,7 @@ pub fn parse(file: &str, content: impl BufRead) -> Result<Matrix, MatrixError> {
     let (mut n, mut rows, mut directed) = (0, 0, vec![]);
     while let Some(line) = lines.next()? {
         let before = directed.len();
-        // Some of its writers end a line with a tab.
-        let text = line.text.strip_suffix('\t').unwrap_or(line.text);
-        for (column, number) in text.split('\t').enumerate() {
+        for (column, number) in line.text.split('\t').enumerate() {
             if column == PLACES_MAX {
                 return Err(line.bad(format!("has more than {PLACES_MAX} numbers")));
             }

@@ -24,7 +24,7 @@ const COST: &str = "src,dest,src_tier,dest_tier,cost\n";
 
 #[test]
 fn both_directions_become_one() {
-    let matrix = tabs("0.3\t10\t0\n20\t0\t\n0\t7.0004\t0\t\n").unwrap();
+    let matrix = tabs("0.3\t10\t0\n20\t0\t\n0\t7.0004\t0\n").unwrap();
     assert_eq!(matrix.names, ["node-0", "node-1", "node-2"]);
     // 10 and 20 ms; not known both ways; 7 ms one way.
     let unknown = UNKNOWN;
