@@ -1,5 +1,9 @@
 //! What may be typed.
 
+mod trace;
+
+pub use trace::{Trace, TraceKind};
+
 use clap::{Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use vmatrix_bench::Scope;
@@ -36,6 +40,9 @@ pub enum Command {
     Watch(Cpa),
     /// Say what this machine lacks to host or to play
     Doctor,
+    /// Import, generate and describe traces of demand; describe matrices of places
+    #[command(subcommand)]
+    Trace(Trace),
     /// Run the content placement agent
     Cpa(Daemon),
     /// Run a network's VM agent

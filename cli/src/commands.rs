@@ -9,6 +9,7 @@ mod image;
 mod operate;
 mod play;
 mod progress;
+mod trace;
 
 use crate::args::Command;
 use anyhow::Result;
@@ -29,6 +30,7 @@ pub fn run(command: Command) -> Result<ExitCode> {
         Command::Doctor => doctor::run(),
         Command::Identity(identity) => identity::run(&identity),
         Command::Bench(bench) => bench::run(&bench),
+        Command::Trace(trace) => trace::run(&trace),
         Command::Cpa(_)
         | Command::Vma(_)
         | Command::Machine(_)
