@@ -6,31 +6,40 @@
 //! (Lorden 1971, Moustakides 1986): after each second with n requests,
 //!
 //! ```text
-//!   S := max(0, S + n · ln R − (R − 1) · u)          a crowd when S ≥ H
+//!   S := max(0, S + n · ln R − (R − 1) · u)          a crowd when S ≥ H · d
 //! ```
 //!
 //! - It needs no window to be chosen: a great crowd fires in a second or two, a small one later.
 //! - With R fixed, ln R is a constant, and everything is whole numbers.
-//! - R = 4: the sum grows for anything above (R − 1)/ln R = 2.2 times the usual. In the WorldCup98
-//!   logs crowds peak at 6.7 times (median), and one in ten doubles within a minute; what grows
-//!   more slowly is the ordinary round's business.
+//! - R = 3: the sum grows for anything above (R − 1)/ln R = 1.82 times the usual, so that what doubles is seen, also
+//!   where a thousand requests a second leave chance no part in it; what grows less is the ordinary round's business.
 //! - H = 9: the mean time between false alarms is at least e^H seconds = 2.2 h for each region
 //!   (Lorden's bound; measured below). A false alarm costs one look at the prices, nothing more,
 //!   for a move still has to pay.
 //! - u is never taken below [`FLOOR`]: four requests out of silence are not a crowd.
 //!
+//! What is usual is the median of the last hour ([`crate::burst::hour`]): the climb of a crowd that takes ten minutes,
+//! or a dip, is not yet part of it, and a day's curve does not double in the half hour that it lies behind. And
+//! requests are not as independent as that: a page brings its pictures, and at a high rate the rate itself wanders by
+//! far more than chance. The variance of a slot is therefore learned, and d is how many times the mean it is; all
+//! evidence counts a d-th (quasi-Poisson), and a few requests a second and thousands are judged alike.
+//!
 //! The end is the same test turned round: the crowd's own level c against c/R,
 //! `D := max(0, D + (1 − 1/R) · c − n · ln R)`, so a crowd of 4 requests a second that stops is over after
-//! about 4 s, and one that only halves goes on.
+//! about 4 s, and one that only shrinks to what is still a crowd goes on.
+
+pub mod hour;
+pub mod strangers;
 
 use crate::forecast::MilliRps;
+use hour::Hour;
 use serde::{Deserialize, Serialize};
 use vmatrix_model::{Span, Time};
 
 /// R: how many times the usual rate the test is sharpest for.
-const RATIO: u64 = 4;
+const RATIO: u64 = 3;
 /// ln R in thousandths.
-const LN_RATIO: u64 = 1386;
+const LN_RATIO: u64 = 1099;
 /// H in thousandths.
 const ALARM: u64 = 9_000;
 /// The level below which rates count as silence: 0.2 requests a second.
@@ -44,19 +53,21 @@ pub const CROWD_MAX: Span = Span::secs(15 * 60);
 /// Watches one region's demand for one service.
 ///
 /// ```text
-/// quiet ──S ≥ H──▶ crowd ──D ≥ H──▶ quiet
-///                    └── CROWD_MAX ──▶ quiet, and the crowd's level is the usual rate from now on
+/// quiet ──S ≥ H·d──▶ crowd ──D ≥ H·d──▶ quiet
+///                      └── CROWD_MAX ──▶ quiet, and the crowd's level is the usual rate from now on
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Watch {
     /// S while quiet, D in a crowd, thousandths.
     sum: u64,
-    /// Requests and seconds since S last left zero: the best guess of when the crowd began.
+    /// Requests and seconds since the sum last left zero: the best guess of when the crowd began, or ended.
     run: (u64, u64),
     crowd: Option<Crowd>,
     /// End of the last crowd.
     pub calm_since: Option<Time>,
+    /// What was usual in the last hour.
+    hour: Hour,
 }
 
 /// A crowd that is on.
@@ -81,42 +92,75 @@ pub enum Change {
 }
 
 impl Watch {
-    /// Judges one whole second with `requests`, ending at `now`, against the `usual` rate.
-    pub fn second(&mut self, now: Time, requests: u64, usual: MilliRps) -> Change {
+    /// Judges one whole second with `requests`, ending at `now`. `recent` is the mean rate of the minutes before: what
+    /// a slot's variance is measured from, and what is usual as long as an hour's median is not known.
+    pub fn second(&mut self, now: Time, requests: u64, recent: MilliRps) -> Change {
         match self.crowd {
-            None => self.quiet_second(now, requests, usual),
+            None => self.quiet_second(now, requests, recent),
             Some(crowd) => self.crowd_second(now, requests, crowd),
         }
     }
 
-    fn quiet_second(&mut self, now: Time, requests: u64, usual: MilliRps) -> Change {
-        let usual = usual.max(FLOOR);
-        self.sum = (self.sum + requests.saturating_mul(LN_RATIO)).saturating_sub((RATIO - 1) * usual);
-        self.run = if self.sum == 0 { (0, 0) } else { (self.run.0 + requests, self.run.1 + 1) };
-        if self.sum < ALARM {
+    fn quiet_second(&mut self, now: Time, requests: u64, recent: MilliRps) -> Change {
+        let usual = self.hour.usual().unwrap_or(recent).max(FLOOR);
+        let (more, less) = evidence(requests, 1, usual);
+        self.sum = self.sum.saturating_add(more).saturating_sub(less);
+        self.run = self.running(requests);
+        if self.sum < self.alarm() {
+            self.hour.second(requests, recent);
             return Change::None;
         }
-        let level = self.run.0.saturating_mul(1000) / self.run.1.max(1);
-        let crowd = Crowd { since: now, level, usual };
-        *self = Watch { crowd: Some(crowd), ..Watch::default() };
+        let crowd = Crowd { since: now, level: self.run_mean(), usual };
+        self.hour.crowd_second(requests);
+        *self = Watch { crowd: Some(crowd), hour: std::mem::take(&mut self.hour), ..Watch::default() };
         Change::Began(crowd)
     }
 
     fn crowd_second(&mut self, now: Time, requests: u64, mut crowd: Crowd) -> Change {
-        self.sum = (self.sum + crowd.level * (RATIO - 1) / RATIO).saturating_sub(requests.saturating_mul(LN_RATIO));
-        crowd.level = (crowd.level * (LEVEL_WEIGHT - 1) + requests.saturating_mul(1000)) / LEVEL_WEIGHT;
+        let held = (u128::from(crowd.level) * u128::from(RATIO - 1) / u128::from(RATIO)) as u64;
+        self.sum = self.sum.saturating_add(held).saturating_sub(requests.saturating_mul(LN_RATIO));
+        self.run = self.running(requests);
+        self.hour.crowd_second(requests);
+        crowd.level = mean_with(crowd.level, requests);
+        let mut over = self.sum >= self.alarm();
+        if over && self.is_crowd(crowd.usual) {
+            // It has shrunk to a smaller one.
+            crowd.level = self.run_mean();
+            (self.sum, self.run, over) = (0, (0, 0), false);
+        }
         // At the usual rate it is over, however slowly it faded.
-        let faded = crowd.level <= crowd.usual + crowd.usual / 4;
-        if self.sum >= ALARM || faded {
-            *self = Watch { calm_since: Some(now), ..Watch::default() };
+        let faded = crowd.level <= crowd.usual.saturating_add(crowd.usual / 4);
+        if over || faded {
+            *self = Watch { calm_since: Some(now), hour: std::mem::take(&mut self.hour), ..Watch::default() };
             return Change::Ended;
         }
         if now.since(crowd.since) >= CROWD_MAX {
-            *self = Watch::default();
+            self.hour.become_usual(crowd.level);
+            *self = Watch { hour: std::mem::take(&mut self.hour), ..Watch::default() };
             return Change::Settled(crowd.level);
         }
         self.crowd = Some(crowd);
         Change::None
+    }
+
+    /// H · d in thousandths.
+    fn alarm(&self) -> u64 {
+        (ALARM / 1000).saturating_mul(self.hour.variance())
+    }
+
+    /// The run with one second more.
+    fn running(&self, requests: u64) -> (u64, u64) {
+        if self.sum == 0 { (0, 0) } else { (self.run.0.saturating_add(requests), self.run.1 + 1) }
+    }
+
+    fn run_mean(&self) -> MilliRps {
+        self.run.0.saturating_mul(1000) / self.run.1.max(1)
+    }
+
+    /// Whether the run alone would be noticed as a crowd.
+    fn is_crowd(&self, usual: MilliRps) -> bool {
+        let (more, less) = evidence(self.run.0, self.run.1, usual);
+        more.saturating_sub(less) >= self.alarm()
     }
 
     /// Every time it remembers.
@@ -128,6 +172,17 @@ impl Watch {
     pub fn crowd(&self) -> Option<Crowd> {
         self.crowd
     }
+}
+
+/// What so many requests in so many seconds say for a crowd and against it, thousandths.
+fn evidence(requests: u64, seconds: u64, usual: MilliRps) -> (u64, u64) {
+    (requests.saturating_mul(LN_RATIO), (RATIO - 1).saturating_mul(usual).saturating_mul(seconds))
+}
+
+/// The crowd's level after one more second.
+fn mean_with(level: MilliRps, requests: u64) -> MilliRps {
+    let sum = u128::from(level) * u128::from(LEVEL_WEIGHT - 1) + u128::from(requests) * 1000;
+    u64::try_from(sum / u128::from(LEVEL_WEIGHT)).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -145,7 +200,14 @@ mod tests {
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
             ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
         }
+        /// Nearly normal: the sum of twelve even numbers.
+        fn normal(&mut self) -> f64 {
+            (0..12).map(|_| self.uniform()).sum::<f64>() - 6.0
+        }
         fn poisson(&mut self, mean: f64) -> u64 {
+            if mean > 50.0 {
+                return (mean + mean.sqrt() * self.normal()).max(0.0) as u64;
+            }
             let (limit, mut product, mut n) = ((-mean).exp(), self.uniform(), 0);
             while product > limit {
                 product *= self.uniform();
@@ -157,10 +219,16 @@ mod tests {
 
     /// Plays seconds through the usual rate and the watch, as the CPA does; `rate` by second.
     fn play(seed: u64, seconds: u64, rate: impl Fn(u64) -> f64) -> Vec<(u64, Change)> {
-        let (mut chance, mut usual, mut watch) = (Chance(seed), Usual::default(), Watch::default());
+        let mut chance = Chance(seed);
+        judge(seconds, |s| chance.poisson(rate(s)))
+    }
+
+    /// The same with the requests of each second.
+    fn judge(seconds: u64, mut requests: impl FnMut(u64) -> u64) -> Vec<(u64, Change)> {
+        let (mut usual, mut watch) = (Usual::default(), Watch::default());
         let (mut slot, mut tainted, mut changes) = (0, false, vec![]);
         for s in 0..seconds {
-            let n = chance.poisson(rate(s));
+            let n = requests(s);
             slot += n;
             if usual.known() {
                 let change = watch.second(Time((s + 1) * 1_000_000), n, usual.rate());
@@ -223,5 +291,66 @@ mod tests {
     fn a_crowd_that_stays_becomes_usual() {
         let changes = play(3, 3600, |s| if s >= 100 { 8.0 } else { 0.2 });
         assert!(matches!(changes[..], [(_, Change::Began(_)), (_, Change::Settled(6000..10_000))]), "{changes:?}");
+    }
+
+    fn began(changes: &[(u64, Change)]) -> Vec<u64> {
+        changes.iter().filter(|(_, c)| matches!(c, Change::Began(_))).map(|(s, _)| *s).collect()
+    }
+
+    const HOUR: u64 = 3600;
+
+    #[test]
+    fn pages_with_twenty_pictures_are_a_crowd_less_than_once_in_ten_hours() {
+        let mut chance = Chance(5);
+        let alarms = began(&judge(50 * HOUR, |_| 20 * chance.poisson(1.0)));
+        // The first five minutes have to learn how requests clump.
+        let later = alarms.iter().filter(|s| **s > 300).count();
+        assert!(later <= 5, "{later} in 50 hours");
+        assert!(alarms.len() <= later + 12, "{alarms:?}");
+    }
+
+    #[test]
+    fn a_day_of_thousands_whose_minutes_wander_by_a_tenth_has_no_crowd() {
+        let (mut chance, mut wander) = (Chance(9), 0.0);
+        let alarms = began(&judge(48 * HOUR, |s| {
+            if s % 60 == 0 {
+                wander = 0.95 * wander + 0.31 * chance.normal();
+            }
+            let day = 1.0 + 0.5 * (s as f64 / (24 * HOUR) as f64 * std::f64::consts::TAU).sin();
+            chance.poisson(5_000.0 * day * (1.0 + 0.1 * wander))
+        }));
+        assert_eq!(alarms, [0_u64; 0]);
+    }
+
+    #[test]
+    fn what_doubles_in_ten_minutes_is_seen_before_it_has_at_any_height() {
+        for height in [50.0, 5_000.0] {
+            // From one to two and a half times in a quarter of an hour: twice after ten minutes.
+            let onset = 2 * HOUR;
+            let rate = |s: u64| height * (1.0 + s.saturating_sub(onset).min(900) as f64 / 600.0);
+            let alarms = began(&play(3, onset + 900, rate));
+            let mark = onset + 600;
+            assert!(matches!(alarms[..], [s, ..] if (mark - 240..mark + 10).contains(&s)), "{alarms:?} at {height}");
+        }
+    }
+
+    #[test]
+    fn the_end_of_an_outage_is_not_a_crowd() {
+        let alarms = began(&play(4, 3 * HOUR, |s| if (2 * HOUR..2 * HOUR + 600).contains(&s) { 0.0 } else { 400.0 }));
+        assert_eq!(alarms, [0_u64; 0]);
+    }
+
+    #[test]
+    fn a_crowd_of_thousands_that_shrinks_to_a_smaller_one_goes_on() {
+        let rate =
+            |s: u64| [1_000.0, 12_000.0, 3_000.0, 1_000.0][(s.saturating_sub(2 * HOUR - 300) / 300).min(3) as usize];
+        let changes: Vec<Change> = play(6, 3 * HOUR, rate).into_iter().map(|(_, c)| c).collect();
+        assert!(matches!(changes[..], [Change::Began(_), Change::Ended]), "{changes:?}");
+    }
+
+    #[test]
+    fn a_memory_of_an_earlier_version_is_read() {
+        let watch: Watch = serde_json::from_str(r#"{"sum":5,"run":[2,3],"crowd":null,"calm_since":null}"#).unwrap();
+        assert_eq!((watch.sum, watch.hour), (5, Hour::default()));
     }
 }

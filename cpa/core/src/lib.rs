@@ -30,6 +30,7 @@ pub mod memory;
 pub mod orders;
 pub mod pools;
 mod rounds;
+pub mod season;
 pub mod solve;
 mod status;
 pub mod steering;
