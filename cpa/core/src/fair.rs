@@ -67,7 +67,9 @@ impl Row<'_> {
                 for &(network, l) in *some {
                     let network = network as usize;
                     let order = || NoPlace::Order { row, network };
-                    worst.get_mut(next..network).ok_or_else(order)?.fill(UNKNOWN);
+                    if network != next {
+                        worst.get_mut(next..network).ok_or_else(order)?.fill(UNKNOWN);
+                    }
                     let (w, sum) = worst.get_mut(network).zip(sums.get_mut(network)).ok_or_else(order)?;
                     *w = (*w).max(l);
                     *sum += u64::from(l);
