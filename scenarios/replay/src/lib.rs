@@ -8,6 +8,7 @@
 pub mod arrivals;
 pub mod chance;
 pub mod matrix;
+pub mod prefixes;
 pub mod recording;
 pub mod report;
 pub mod scenario;
