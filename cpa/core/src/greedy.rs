@@ -5,6 +5,7 @@
 //!  Graph (shared) ─┐             dual: every prefix bids until a network is paid ──▶ bound
 //!  Demand, Prices ─┴▶ place ──▶  primal: paid networks, drop ▸ add ▸ swap ────────▶ Placed ──▶ Flash (crowds)
 //!                                dual again, guided by what was placed ─────────────▶ bound
+//!                         tighten ──▶ volume: better bids, and networks they pay ────────▶ Placed
 //! ```
 //!
 //! The price of an hour is that of every open network and of every request's way to the nearest open one (paper
@@ -24,6 +25,7 @@ mod graph;
 mod primal;
 #[cfg(test)]
 mod tests;
+mod volume;
 
 pub use flash::{Flash, Ticked};
 pub use graph::{Graph, LATENCY_MAX};
@@ -48,13 +50,10 @@ pub const NOWHERE: u32 = u32::MAX;
 /// Most that a service may cost in an hour were everything open and everyone sent to the farthest candidate: 4.6 million
 /// dollars. Below it no sum in this module can overflow 64 bits.
 const DEAREST: u128 = 1 << 62;
-/// Sweeps of the guided ascent: each of the first few takes a good part of what is left of the gap, later ones a
-/// hundredth of it and as long.
-const SWEEPS: usize = 3;
-/// Rounds of swaps: a later one only looks at what the one before it changed.
-const ROUNDS: usize = 3;
-/// The gap in millionths up to which a warm start is believed; beyond it everything is placed anew. The goal of a
-/// replan, so that whether a plan was warm or cold cannot be told from its worth.
+/// Rounds of swaps: a later one only looks at what the one before it changed, and finds next to nothing after two.
+const ROUNDS: usize = 2;
+/// How much wider a warm start's gap may be than that of the answer it started from, in millionths, before everything is
+/// placed anew: two percent, the goal of a replan.
 pub const WARM_GAP_PPM: u64 = 20_000;
 
 /// What clients ask for.
@@ -198,8 +197,9 @@ impl<'g> Problem<'g> {
     }
 }
 
-/// Places one service: near-optimal, with the proof of how near. `warm` is an earlier answer for the same graph to start
-/// from; the result then is within [`WARM_GAP_PPM`] of the best possible, or at least as good as without it.
+/// Places one service, and says how far from the best possible that is at most. `warm` is an earlier answer for the same graph to start
+/// from; the result's gap then is at most [`WARM_GAP_PPM`] wider than that answer's, or it is at least as good as without
+/// it.
 ///
 /// # Errors
 /// The demand or the prices do not fit the graph, or make no sense.
@@ -207,7 +207,7 @@ pub fn place(graph: &Graph, demand: &Demand, prices: &Prices, warm: Option<&Plac
     let problem = Problem::new(graph, demand, prices)?;
     let Some(warm) = warm else { return Ok(cold(&problem)) };
     let again = rewarmed(&problem, warm);
-    if again.gap_ppm() <= WARM_GAP_PPM {
+    if again.gap_ppm() <= warm.gap_ppm().saturating_add(WARM_GAP_PPM) {
         return Ok(again);
     }
     let mut best = cold(&problem);
@@ -231,12 +231,7 @@ fn cold(problem: &Problem) -> Placed {
 fn rewarmed(problem: &Problem, warm: &Placed) -> Placed {
     let mut dual = Dual::new(problem);
     dual.resume(&warm.levels);
-    let mut open = vec![false; problem.fixed.len()];
-    for &network in &warm.open {
-        if let Some(open) = open.get_mut(network as usize) {
-            *open = true;
-        }
-    }
+    let mut open = marked(problem, warm);
     primal::cover(problem, &mut open);
     let primal = Primal::new(problem, open);
     finish(problem, dual, primal)
@@ -244,11 +239,53 @@ fn rewarmed(problem: &Problem, warm: &Placed) -> Placed {
 
 fn finish(problem: &Problem, mut dual: Dual, mut primal: Primal) -> Placed {
     primal.polish(ROUNDS);
-    dual.guided(&primal, SWEEPS);
+    dual.guided(&primal);
+    answer(problem, dual, &primal)
+}
+
+fn answer(problem: &Problem, dual: Dual, primal: &Primal) -> Placed {
     let (open, serves) = (primal.opened(), primal.serves());
     let cost = Pico(primal.cost() + problem.base);
     let (bound, levels) = dual.best();
     Placed { open, serves, cost, bound: Pico(bound + problem.base), levels }
+}
+
+/// The open networks of an earlier answer, as far as they exist.
+fn marked(problem: &Problem, placed: &Placed) -> Vec<bool> {
+    let mut open = vec![false; problem.fixed.len()];
+    for &network in &placed.open {
+        if let Some(open) = open.get_mut(network as usize) {
+            *open = true;
+        }
+    }
+    open
+}
+
+/// Narrows the gap of a placement from both sides, for several times what [`place`] takes: better bids, and another look
+/// at the networks which they pay.
+///
+/// # Errors
+/// The demand or the prices do not fit the graph, or make no sense.
+pub fn tighten(graph: &Graph, demand: &Demand, prices: &Prices, placed: &Placed) -> Result<Placed, Wrong> {
+    let problem = Problem::new(graph, demand, prices)?;
+    let mut dual = Dual::new(&problem);
+    dual.resume(&placed.levels);
+    let mut open = marked(&problem, placed);
+    primal::cover(&problem, &mut open);
+    let mut primal = Primal::new(&problem, open.clone());
+    let core = open.iter().zip(dual.paid()).map(|(&o, &p)| o || p).collect();
+    let found = volume::search(&problem, dual.levels(), core, primal.cost());
+    dual.restart();
+    dual.resume(&found.levels);
+    open.iter_mut().zip(&found.worthy).for_each(|(o, &w)| *o |= w);
+    let mut other = Primal::new(&problem, open);
+    other.thin();
+    other.polish(ROUNDS);
+    if other.cost() < primal.cost() {
+        primal = other;
+    }
+    dual.guided(&primal);
+    Ok(answer(&problem, dual, &primal))
 }
 
 /// What any bids prove: their sum, less what they pay networks beyond their prices. No placement costs less.

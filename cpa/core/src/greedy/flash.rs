@@ -21,7 +21,7 @@ use vmatrix_model::MicroUsd;
 /// What a request is charged that nobody answers: as long as a path may be.
 const UNSERVED: u32 = LATENCY_MAX;
 /// Requests an hour times micro-dollars a second, of all prefixes: with [`UNSERVED`], no sum exceeds 2^63.
-const PRICES_MAX: u128 = 1 << 38;
+const PRICES_MAX: u128 = (1 << 63) / UNSERVED as u128;
 
 /// One service between two replans.
 #[derive(Debug, Clone)]

@@ -11,8 +11,8 @@
 
 use super::Wrong;
 
-/// Farthest a candidate may be, microseconds: 33 seconds, far beyond the time after which people give up.
-pub const LATENCY_MAX: u32 = 1 << 25;
+/// Farthest a candidate may be, microseconds: ten seconds, after which people have given up.
+pub const LATENCY_MAX: u32 = 10_000_000;
 
 /// A candidate of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
