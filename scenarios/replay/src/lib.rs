@@ -9,6 +9,7 @@ pub mod arrivals;
 pub mod chance;
 pub mod matrix;
 pub mod oracle;
+pub mod prefixes;
 pub mod recording;
 pub mod report;
 pub mod scenario;
