@@ -174,6 +174,16 @@ impl<'a> Ledger<'a> {
         std::array::from_fn(|k| self.slope[k] * (spot.level[k] - self.mean[k]) * per[k])
     }
 
+    /// What one more instance on a machine loses at least: for each unit of each kind, and however little it needs.
+    pub fn rise(&self, m: usize) -> ([f64; KINDS], f64) {
+        let spot = &self.spots[m];
+        let per = &spot.per[usize::from(!spot.here.is_empty())];
+        let slope: [f64; KINDS] = std::array::from_fn(|k| self.slope[k] * (spot.level[k] - self.mean[k]));
+        // Whoever was alone is slowed down.
+        let alone = (0..KINDS).map(|k| slope[k] * (spot.taken[k] * per[k] - spot.level[k])).sum();
+        (std::array::from_fn(|k| slope[k] * per[k]), alone)
+    }
+
     /// The spread of one kind.
     pub fn spread(&self, k: usize) -> f64 {
         self.weights[k] * self.root[k] / self.spots.len() as f64
@@ -308,6 +318,9 @@ impl<'a> Ledger<'a> {
         let n = self.spots.len() as f64;
         let mut gain = 0.0;
         for k in 0..KINDS {
+            if self.weights[k] == 0.0 {
+                continue;
+            }
             let (ya, yb) = (xa[k] - self.mean[k], xb[k] - self.mean[k]);
             let both = da[k] + db[k];
             let change = n * (da[k] * (2.0 * ya + da[k]) + db[k] * (2.0 * yb + db[k])) - both * both;

@@ -24,9 +24,11 @@ const WINDOW: usize = 8;
 const IN_A_ROW: usize = 4;
 /// Looks at all machines. Each but the last improves the score by at least [`NOTHING`]; a handful is usual.
 const LOOKS_MAX: usize = 1000;
-/// Moves made beyond the limit, of which the least useful are then taken back: the first moves are chosen without
-/// knowing the later ones. At most so many, for each takes a look at all that moved.
+/// How many moves are searched beyond a limit at most; to take one back is to look at all that moved.
 const BEYOND_MAX: usize = 64;
+/// What a change has to gain that makes no more instances move than before, as a part of the price of one that does:
+/// what moves anyway could be sorted ever finer for nothing, and the search would go on for ever smaller gains.
+const FREE: f64 = 0.5;
 
 /// A change of who is where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,10 +47,14 @@ pub(super) enum Change {
 /// What a change is worth: its gain less its price.
 type Worth = f64;
 
+/// What a machine loses at least by one more: per unit of each kind, and however little it needs.
+type Rise = ([f64; KINDS], f64);
+
 /// Room to write in, kept from one look to the next.
 #[derive(Debug, Default)]
 struct Scratch {
     partners: Vec<u32>,
+    rises: Vec<Rise>,
     least: Vec<f64>,
 }
 
@@ -81,18 +87,50 @@ impl<'a> Search<'a> {
     }
 
     /// Searches, and returns where each instance should be.
+    ///
+    /// Where the moves are limited it searches twice: within the limit, and beyond it, to take back what is missed
+    /// least. The first moves of a short list are chosen better knowing the later ones; those of a long one are not.
     pub fn run(mut self) -> Vec<u32> {
+        let beyond = self.clone();
         if self.cap > 0 {
-            self.cap = self.cap.saturating_add((self.cap / 4).min(BEYOND_MAX));
             self.greedy();
             self.polish();
-            self.cap = self.limits.moves;
-            if self.spent > self.cap {
-                self.take_back();
-                self.polish();
+        }
+        // Once more only if the limit was what ended it.
+        if self.cap > 0 && self.spent >= self.cap {
+            let other = beyond.beyond();
+            if other.spent <= other.cap && other.ledger.score() < self.ledger.score() {
+                self = other;
             }
         }
         self.ledger.items.iter().map(|item| item.at).collect()
+    }
+
+    fn beyond(mut self) -> Search<'a> {
+        self.cap = self.cap.saturating_add((self.cap / 4).min(BEYOND_MAX));
+        self.greedy();
+        self.polish();
+        self.cap = self.limits.moves;
+        self.take_back();
+        self.polish();
+        self
+    }
+
+    /// Takes back what is missed least, until no more have moved than may.
+    fn take_back(&mut self) {
+        while self.spent > self.cap {
+            let away = (0..self.home.len()).filter(|i| self.ledger.items[*i].at != self.home[*i]);
+            let back = away.filter_map(|i| Some((self.ledger.gain_of(i as u32, self.home[i] as usize)?, i)));
+            let best = back.fold(None, |best: Option<(Worth, usize)>, this| match best {
+                Some(b) if b.0 >= this.0 => Some(b),
+                _ => Some(this),
+            });
+            let Some((_, i)) = best else { return };
+            let (from, to) = (self.ledger.items[i].at, self.home[i]);
+            self.ledger.put(i as u32, to);
+            self.spent -= 1;
+            self.moved([from, to]);
+        }
     }
 
     /// Where everything is now, and the steps there.
@@ -146,24 +184,6 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Takes back what is missed least, until no more than may have moved.
-    fn take_back(&mut self) {
-        while self.spent > self.cap {
-            let away = (0..self.home.len()).filter(|i| self.ledger.items[*i].at != self.home[*i]);
-            let back = away.filter_map(|i| Some((self.ledger.gain_of(i as u32, self.home[i] as usize)?, i)));
-            let best = back.fold(None, |best: Option<(Worth, usize)>, this| match best {
-                Some(b) if b.0 >= this.0 => Some(b),
-                _ => Some(this),
-            });
-            // Nothing fits where it was: the order of moves leaves out what is too many.
-            let Some((_, i)) = best else { return };
-            let (from, to) = (self.ledger.items[i].at, self.home[i]);
-            self.ledger.put(i as u32, to);
-            self.spent -= 1;
-            self.moved([from, to]);
-        }
-    }
-
     fn worst_first(&self, machines: &mut [u32]) {
         let ledger = &self.ledger;
         let far = |m: u32| (0..KINDS).map(|k| ledger.slope[k] * ledger.above(m as usize, k).abs()).sum::<f64>();
@@ -173,7 +193,7 @@ impl<'a> Search<'a> {
     /// The best change of a machine that is worth something. Ties go to lower numbers.
     fn best(&self, a: usize, exchanges: bool, scratch: &mut Scratch) -> Option<(Worth, Change)> {
         let windows = self.extremes.is_some();
-        let Scratch { partners, least } = scratch;
+        let Scratch { partners, rises, least } = scratch;
         match &self.extremes {
             Some(extremes) => extremes.partners(a, &self.ledger, partners),
             None => {
@@ -181,36 +201,43 @@ impl<'a> Search<'a> {
                 partners.extend((0..self.ledger.spots.len() as u32).filter(|b| *b as usize != a));
             }
         }
+        rises.clear();
+        rises.extend(partners.iter().map(|b| self.ledger.rise(*b as usize)));
         let mut best = None;
-        self.best_move(a, partners, &mut best);
-        for b in partners.iter().map(|b| *b as usize) {
-            if windows {
-                self.best_move(b, &[a as u32], &mut best);
-            }
-            if exchanges {
+        self.best_move(a, partners, rises, &mut best);
+        if exchanges {
+            let onto_a = [self.ledger.rise(a)];
+            for b in partners.iter().map(|b| *b as usize) {
+                if windows {
+                    self.best_move(b, &[a as u32], &onto_a, &mut best);
+                }
                 self.best_exchange(a, b, least, &mut best);
             }
         }
         best
     }
 
-    fn best_move(&self, a: usize, to: &[u32], best: &mut Option<(Worth, Change)>) {
+    fn best_move(&self, a: usize, to: &[u32], rises: &[Rise], best: &mut Option<(Worth, Change)>) {
         let (ledger, none) = (&self.ledger, [0.0; KINDS]);
         let on_a = ledger.spots[a].here.len();
         for &i in &ledger.spots[a].here {
             let needs = &ledger.items[i as usize].needs;
             let parting = ledger.parting(i);
             let da = ledger.shift(a, &none, needs, on_a - 1);
-            let promise = ledger.promise(a, &da) + parting;
-            for &b in to {
-                let cost = self.cost(i, b);
-                let paid = self.limits.gain * f64::from(cost);
+            // Nobody's price is less than that of one who goes home.
+            let promise = ledger.promise(a, &da) + parting + self.limits.gain;
+            for (&b, (rise, alone)) in to.iter().zip(rises) {
                 let floor = best.map_or(NOTHING, |(worth, _)| worth);
-                let on_b = ledger.spots[b as usize].here.len() + 1;
-                let db = ledger.shift(b as usize, needs, &none, on_b);
-                if promise + ledger.promise(b as usize, &db) - paid <= floor || !self.may(cost) {
+                let loss = rise[0] * needs[0] + rise[1] * needs[1] + rise[2] * needs[2] + rise[3] * needs[3] + alone;
+                if promise - loss <= floor {
                     continue;
                 }
+                let cost = self.cost(i, b);
+                let paid = self.price(cost);
+                if promise - loss - self.limits.gain - paid <= floor || !self.may(cost) {
+                    continue;
+                }
+                let db = ledger.shift(b as usize, needs, &none, ledger.spots[b as usize].here.len() + 1);
                 let worth = ledger.gain(a, &da, b as usize, &db) + parting - paid;
                 if worth > floor && ledger.takes(i, b as usize) {
                     *best = Some((worth, Change::Move { i, to: b }));
@@ -242,7 +269,7 @@ impl<'a> Search<'a> {
             let cost_i = self.cost(i, b as u32);
             for (&j, least) in there.iter().zip(&*least) {
                 let cost = cost_i + self.cost(j, a as u32);
-                let paid = self.limits.gain * f64::from(cost);
+                let paid = self.price(cost);
                 if high - least - paid <= floor(best) || !self.may(cost) {
                     continue;
                 }
@@ -279,6 +306,11 @@ impl<'a> Search<'a> {
         }
     }
 
+    /// What a change has to gain. Less than what the same change would cost if all of its moves counted.
+    fn price(&self, cost: i32) -> f64 {
+        self.limits.gain * if cost > 0 { f64::from(cost) } else { f64::from(cost) + FREE }
+    }
+
     fn may(&self, cost: i32) -> bool {
         cost <= 0 || self.spent.saturating_add(cost.unsigned_abs() as usize) <= self.cap
     }
@@ -304,7 +336,7 @@ impl<'a> Search<'a> {
         };
         let cost = hops.iter().map(|h| self.cost(h.i, h.to)).sum::<i32>();
         // The price is for what moves in the end, which in a search of places may be less than what moves here.
-        let each = self.limits.gain * f64::from(cost) / hops.len() as f64;
+        let each = self.price(cost) / hops.len() as f64;
         let Some(step) = Planned::make(&mut self.ledger, hops, each) else { return false };
         self.spent = self.spent.saturating_add_signed(cost as isize);
         self.moved([a, b]);

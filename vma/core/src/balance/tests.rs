@@ -287,12 +287,12 @@ fn many_machines_are_balanced_too() {
     let instances: Vec<Instance> = (0..900)
         .map(|n| instance(n % 50, n as u32, n % 100, [200 + n as u64 % 7 * 100, 512 << (n % 3), 100, 1000]))
         .collect();
-    let (rules, limits) = (Rules::default(), Limits { gain: 1e-5, ..Limits::default() });
+    let (rules, limits) = (Rules::default(), Limits { gain: 1e-4, ..Limits::default() });
     let b = balance(&machines, &instances, &rules, &limits).unwrap();
     check_steps((&machines, &instances, &rules), &limits, &b, 50);
     assert!(b.after < b.before / 10.0, "{} to {}", b.before, b.after);
-    // 600 of 900 have to move if each machine is to have three of them; those that go twice are few.
-    assert!((540..=700).contains(&b.moves().count()), "{}", b.moves().count());
+    // 600 of 900 have to move if each machine is to have three of them; few that need not do.
+    assert!((540..=800).contains(&b.moves().count()), "{}", b.moves().count());
     let again = balance(&machines, &made(&instances, &b), &rules, &limits).unwrap();
     assert_eq!(again.steps, []);
 }
