@@ -105,7 +105,7 @@ impl Trace {
 
 /// What is wrong with a step, if anything is.
 fn bad_step(step: Span) -> Option<String> {
-    let even = step.0 > 0 && (step.0 % 1_000_000 == 0 || 1_000_000 % step.0 == 0);
+    let even = step.0 > 0 && (step.0.is_multiple_of(1_000_000) || 1_000_000_u64.is_multiple_of(step.0));
     if !even {
         Some("its step must be whole seconds, or a second a number of whole steps".to_owned())
     } else if step > STEP_MAX {

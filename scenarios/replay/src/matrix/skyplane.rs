@@ -21,12 +21,12 @@ const LINES: usize = 4 * PLACES_MAX * PLACES_MAX;
 /// A file's name and its content.
 type File<R> = (String, R);
 
+/// By the numbers of two places, from the one to the other.
+type Pairs<V> = BTreeMap<(u32, u32), V>;
+
 pub fn parse<R: BufRead, P: BufRead>(latency: File<R>, prices: Option<File<P>>) -> Result<Matrix, MatrixError> {
-    let mut seen = Places::default();
     let columns = ["src_region", "dst_region", "src_tier", "dst_tier", "avg_rtt"];
-    let directed = pairs(latency, columns, &mut |line, from, to, value| {
-        Ok(((seen.of(line, from)?, seen.of(line, to)?), millis(line, value)?))
-    })?;
+    let (seen, directed) = pairs(latency, columns, millis)?;
     // In the order of their names, whatever the order of the lines was.
     let (names, numbers): (Vec<String>, Vec<u32>) = seen.0.into_iter().unzip();
     let rtt_us = both_ways(names.len(), |a, b| directed.get(&(numbers[a], numbers[b])).copied().unwrap_or(UNKNOWN));
@@ -37,11 +37,8 @@ pub fn parse<R: BufRead, P: BufRead>(latency: File<R>, prices: Option<File<P>>) 
 /// The prices between the places with these names.
 fn egress<P: BufRead>(prices: File<P>, names: &[String]) -> Result<Vec<MicroUsd>, MatrixError> {
     let file = prices.0.clone();
-    let mut seen = Places::default();
     let columns = ["src", "dest", "src_tier", "dest_tier", "cost"];
-    let known = pairs(prices, columns, &mut |line, from, to, value| {
-        Ok(((seen.of(line, from)?, seen.of(line, to)?), dollars(line, value)?))
-    })?;
+    let (seen, known) = pairs(prices, columns, dollars)?;
     let mut means = Means::default();
     let by_number: BTreeMap<u32, &str> = seen.0.iter().map(|(name, number)| (*number, name.as_str())).collect();
     for ((from, to), price) in &known {
@@ -95,34 +92,34 @@ impl<'a> Means<'a> {
     }
 }
 
-/// Values of pairs of two different places, read with `take` from the lines of the premium tier.
+/// The places of the premium tier, and the `value` of each pair of two different ones.
 fn pairs<R: BufRead, V>(
     (file, content): File<R>,
     columns: [&str; 5],
-    take: &mut dyn FnMut(&Line<'_>, &str, &str, &str) -> Result<((u32, u32), V), MatrixError>,
-) -> Result<BTreeMap<(u32, u32), V>, MatrixError> {
+    value: impl Fn(&Line<'_>, &str) -> Result<V, MatrixError>,
+) -> Result<(Places, Pairs<V>), MatrixError> {
     let mut lines = lines(&file, content, LINE, LINES)?;
     let at = header(&mut lines, columns)?;
-    let mut found = BTreeMap::new();
+    let (mut seen, mut found) = (Places::default(), BTreeMap::new());
     while let Some(line) = lines.next()? {
         let fields: Vec<&str> = line.text.split(',').collect();
         let mut values = [""; 5];
-        for ((value, at), column) in values.iter_mut().zip(at).zip(columns) {
-            *value = fields.get(at).ok_or_else(|| line.bad(format!("has no {column}")))?;
+        for ((text, at), column) in values.iter_mut().zip(at).zip(columns) {
+            *text = fields.get(at).ok_or_else(|| line.bad(format!("has no {column}")))?;
         }
-        let [from, to, from_tier, to_tier, value] = values;
+        let [from, to, from_tier, to_tier, text] = values;
         if from_tier != TIER || to_tier != TIER || from == to {
             continue;
         }
-        let (pair, value) = take(&line, from, to, value)?;
-        if found.insert(pair, value).is_some() {
+        let pair = (seen.of(&line, from)?, seen.of(&line, to)?);
+        if found.insert(pair, value(&line, text)?).is_some() {
             return Err(line.bad(format!("{from} to {to} is there twice")));
         }
     }
     if found.is_empty() {
         return Err(lines.whole(format!("has no pair of places in the tier {TIER}")));
     }
-    Ok(found)
+    Ok((seen, found))
 }
 
 /// Where in a line these columns are.

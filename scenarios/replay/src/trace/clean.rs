@@ -87,16 +87,17 @@ impl Trace {
         holes.iter().flat_map(|h| h.clone()).for_each(|i| known[i] = false);
         let (mut filled, mut changes) = (self.clone(), vec![]);
         for hole in holes {
-            let days = self.from_days(hole, &known);
+            let days = self.days_around(hole, &known);
             let (new, filling) = match days {
                 Some(new) => (new, Filling::Days),
-                None => match self.from_line(hole, &known) {
+                None => match self.line_across(hole, &known) {
                     Some(new) => (new, Filling::Line),
                     None => (self.counts[hole.clone()].to_vec(), Filling::Nothing),
                 },
             };
-            let was = self.counts[hole.clone()].iter().sum();
-            let (from, steps, now) = (self.at(hole.start), hole.len() as u64, new.iter().sum());
+            let sum = |counts: &[u64]| counts.iter().fold(0_u64, |sum, c| sum.saturating_add(*c));
+            let was = sum(&self.counts[hole.clone()]);
+            let (from, steps, now) = (self.at(hole.start), hole.len() as u64, sum(&new));
             filled.counts[hole.clone()].copy_from_slice(&new);
             changes.push(Change { from, steps, was, now, filling });
         }
@@ -104,9 +105,9 @@ impl Trace {
     }
 
     /// Counts of the days around, times what this day's level is of theirs in the hours around the hole.
-    fn from_days(&self, hole: &Range<usize>, known: &[bool]) -> Option<Vec<u64>> {
+    fn days_around(&self, hole: &Range<usize>, known: &[bool]) -> Option<Vec<u64>> {
         let step = self.step.0.max(1);
-        if DAY.0 % step != 0 {
+        if !DAY.0.is_multiple_of(step) {
             return None;
         }
         let (day, around) = ((DAY.0 / step) as isize, (AROUND.0 / step).max(1) as usize);
@@ -130,15 +131,14 @@ impl Trace {
         }
         let at =
             |i: usize| days.iter().filter_map(|by| shifted(i, *by)).map(|j| u128::from(self.counts[j])).sum::<u128>();
-        // Sums of counts are below 2^64 and a count below 2^40: two of each fit.
-        let new = hole.clone().map(|i| (at(i) * here + parts / 2) / parts);
+        let new = hole.clone().map(|i| (at(i).saturating_mul(here).saturating_add(parts / 2)) / parts);
         Some(new.map(|c| u64::try_from(c).unwrap_or(COUNT_MAX).min(COUNT_MAX)).collect())
     }
 
     /// Counts on a line from the known step before the hole to the one after it.
-    fn from_line(&self, hole: &Range<usize>, known: &[bool]) -> Option<Vec<u64>> {
-        let before = known[..hole.start].iter().rposition(|k| *k).map(|i| self.counts[i]);
-        let after = known[hole.end..].iter().position(|k| *k).map(|i| self.counts[hole.end + i]);
+    fn line_across(&self, hole: &Range<usize>, known: &[bool]) -> Option<Vec<u64>> {
+        let at = |i: usize| self.counts.get(i).copied().filter(|_| known.get(i) == Some(&true));
+        let (before, after) = (hole.start.checked_sub(1).and_then(at), at(hole.end));
         let (from, to) = (before.or(after)?, after.or(before)?);
         let parts = hole.len() as u128 + 1;
         let on_line = |part: u128| (u128::from(from) * (parts - part) + u128::from(to) * part + parts / 2) / parts;
@@ -148,12 +148,16 @@ impl Trace {
 
 /// Every run of one count, zero excepted, that is too long for chance.
 fn runs(counts: &[u64]) -> Vec<Range<usize>> {
-    let (mut found, mut start) = (vec![], 0);
+    let (mut found, mut start): (Vec<Range<usize>>, usize) = (vec![], 0);
     for run in counts.chunk_by(|a, b| a == b) {
         let range = start..start + run.len();
         start = range.end;
         if run.first().is_some_and(|count| *count > 0 && run.len() >= impossible(*count, counts.len())) {
-            found.push(range);
+            match found.last_mut() {
+                // Two in a row are one hole, so that what is beside a hole is known.
+                Some(Range { end, .. }) if *end == range.start => *end = range.end,
+                _ => found.push(range),
+            }
         }
     }
     found
@@ -243,6 +247,8 @@ mod tests {
         assert_eq!(changes[0].filling, Filling::Line);
         let (clean, _) = trace(&[900, 900, 900, 900, 900, 900, 900, 900, 50]).clean();
         assert_eq!(clean.counts, [50; 9], "only one side is known");
+        let (clean, changes) = trace(&[&[10][..], &[900; 20], &[700; 20], &[50]].concat()).clean();
+        assert_eq!((changes.len(), clean.counts[1], clean.counts[40]), (1, 11, 49), "two runs in a row are one");
         let all = trace(&[900; 20]);
         let (clean, changes) = all.clean();
         assert_eq!((clean, changes[0].filling), (all, Filling::Nothing));

@@ -77,7 +77,7 @@ impl Moment {
     /// Whether it is more than noise can be.
     fn is_sure(&self) -> bool {
         let more = self.now.saturating_sub(self.usual);
-        more * more > NOISE * self.usual
+        more.saturating_mul(more) > NOISE.saturating_mul(self.usual)
     }
 
     fn is_burst(&self) -> bool {

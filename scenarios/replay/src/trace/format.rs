@@ -143,7 +143,7 @@ fn periods(name: &str, lines: &mut Lines<'_>) -> Result<Imported, TraceError> {
     let mut gaps = Gaps::default();
     for (i, requests) in counts.into_iter().enumerate() {
         let ahead = if i == 0 { step } else { ahead.get(i - 1).copied().unwrap_or(step) };
-        if ahead % step != 0 {
+        if !ahead.is_multiple_of(step) {
             let problem = format!("comes {ahead} s after the row before, and the others come every {step} s");
             return Err(lines.bad_at(FIRST + i as u64, problem));
         }
