@@ -23,7 +23,6 @@ use anyhow::{Context, Result};
 use play::{Firing, Rates, play};
 use serde_json::{Value, json};
 use std::path::Path;
-use vmatrix_model::Span;
 use vmatrix_replay::trace::{self, Trace};
 
 const TRACE: &str = "worldcup98/invocation_count_per_min.csv.gz";
@@ -250,15 +249,5 @@ mod tests {
         } else {
             eprintln!("NOT TESTED on WorldCup98: VMATRIX_DATA does not name the folder of recorded data");
         }
-    }
-}
-#[cfg(test)]
-mod tune {
-    #[test]
-    #[ignore]
-    fn tune() {
-        let data = std::env::var_os("VMATRIX_DATA").map(std::path::PathBuf::from);
-        let v = super::measure(data.as_deref(), std::env::var_os("FULL").is_none()).unwrap();
-        println!("{}", serde_json::to_string_pretty(&v).unwrap());
     }
 }
