@@ -143,11 +143,14 @@ impl World {
     }
 }
 
+/// An instance, by number, and where it went.
+type Went = (usize, MachineId);
+
 /// What hbal did.
 struct Peer {
     /// The score that it prints before its first move and after each.
     scores: Vec<f64>,
-    moves: Vec<(usize, MachineId)>,
+    moves: Vec<Went>,
     finished: bool,
     cpu: Duration,
 }
@@ -208,7 +211,7 @@ fn listen(hbal: &Path, file: &Path) -> anyhow::Result<Peer> {
 }
 
 /// Reads hbal's words: `Initial score: S`, then `  1. i000001 n00000 => n00001 S a=…` for each move.
-fn read(lines: &[String]) -> anyhow::Result<(Vec<f64>, Vec<(usize, MachineId)>)> {
+fn read(lines: &[String]) -> anyhow::Result<(Vec<f64>, Vec<Went>)> {
     let (mut scores, mut moves) = (Vec::new(), Vec::new());
     for line in lines {
         let words: Vec<&str> = line.split_whitespace().collect();
