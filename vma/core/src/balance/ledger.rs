@@ -235,9 +235,9 @@ impl<'a> Ledger<'a> {
         self.spots[from].here.retain(|j| *j != i);
         let at = self.spots[to].here.partition_point(|j| *j < i);
         self.spots[to].here.insert(at, i);
-        for k in 0..KINDS {
-            self.spots[from].taken[k] -= needs[k];
-            self.spots[to].taken[k] += needs[k];
+        for (k, needs) in needs.into_iter().enumerate() {
+            self.spots[from].taken[k] -= needs;
+            self.spots[to].taken[k] += needs;
         }
         self.sharers += self.sharers_on(from) + self.sharers_on(to);
         self.relevel(from);

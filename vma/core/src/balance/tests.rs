@@ -107,12 +107,12 @@ fn odd_input_is_refused_with_what_to_do() {
     let (rules, limits) = (Rules::default(), Limits::default());
     let say = |m: &[Machine], i: &[Instance], r: &Rules| balance(m, i, r, &limits).unwrap_err().to_string();
     assert!(say(&[m.clone(), m.clone()], &[], &rules).contains("name each machine once"));
-    assert!(say(&[m.clone()], &[i.clone(), i.clone()], &rules).contains("name each instance once"));
+    assert!(say(std::slice::from_ref(&m), &[i.clone(), i.clone()], &rules).contains("name each instance once"));
     assert!(say(&[], std::slice::from_ref(&i), &rules).contains("not among the machines"));
     let poor = Machine { pool: Amounts { cpu_millis: 0, ..m.pool }, ..m.clone() };
     assert!(say(&[poor], &[], &rules).contains("pool of 0 CPU"));
     let huge = instance(1, 0, 1, [1, 1 << 40, 1, 1]);
-    assert!(say(&[m.clone()], &[huge], &rules).contains("mend its size"));
+    assert!(say(std::slice::from_ref(&m), &[huge], &rules).contains("mend its size"));
     for weight in [-1.0, f64::NAN, f64::INFINITY, 1e7] {
         assert!(say(&[], &[], &Rules { conflict: weight, ..rules.clone() }).contains("mend the rules"));
         let gain = Limits { gain: weight, ..limits };
