@@ -213,7 +213,7 @@ impl Origin<'_> {
                 0 => 0,
                 half => pow2(-(ahead.min(40 * half) as Lg * ONE / half as Lg), 32) as i128,
             };
-            let ratio = rest + (i128::from(last - rest) * left >> 32) as Lg;
+            let ratio = rest + ((i128::from(last - rest) * left) >> 32) as Lg;
             Some(self.profile(hour, expert.days, self.known)? + ratio)
         })
     }
@@ -249,7 +249,7 @@ fn settle(credit: &mut [u64; EXPERTS.len()], said: &[Option<Lg>; EXPERTS.len()],
     let spoken = || errors.iter().enumerate().filter_map(|(e, error)| Some((e, (*error)?)));
     for (e, error) in spoken() {
         // With nothing left everybody begins anew.
-        let own = if left == 0 { had / spoke } else { u128::from(credit[e]) * had / left };
+        let own = (u128::from(credit[e]) * had).checked_div(left).unwrap_or(had / spoke);
         let gives = (own * u128::from(error)) / (u128::from(SHARED) * ONE as u128);
         given += gives;
         credit[e] = (own - gives) as u64;

@@ -73,13 +73,14 @@ fn row(hours: &[u64], name: &str, way: &mut dyn FnMut(&[u64]) -> Vec<u64>) -> Va
             }
         }
     }
-    let told = |of: &dyn Fn(&(f64, u32, f64, f64)) -> f64| -> Vec<f64> {
-        sums.iter().map(|s| rounded(100.0 * of(s))).collect()
-    };
+    let (of_each, of_all): (Vec<f64>, Vec<f64>) = sums
+        .iter()
+        .map(|s| (rounded(100.0 * s.0 / f64::from(s.1.max(1))), rounded(100.0 * s.2 / s.3.max(1.0))))
+        .unzip();
     json!({
         "forecast": name,
         "hours_ahead": AHEAD,
-        "mean_error_percent": told(&|s| s.0 / f64::from(s.1.max(1))),
-        "error_of_all_percent": told(&|s| s.2 / s.3.max(1.0)),
+        "mean_error_percent": of_each,
+        "error_of_all_percent": of_all,
     })
 }

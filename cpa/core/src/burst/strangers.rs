@@ -82,7 +82,7 @@ impl Strangers {
             self.filled += cells.iter().map(|c| u64::from(put(&mut self.known, *c))).sum::<u64>();
             return;
         };
-        let first = cells.iter().fold(false, |first, c| put(&mut burst.met, *c) || first);
+        let first = cells.map(|c| put(&mut burst.met, c)).contains(&true);
         if first && cells.iter().all(|c| get(&self.known, *c) > 0) {
             burst.old += 1;
         } else if first {
