@@ -50,7 +50,7 @@ pub const NOWHERE: u32 = u32::MAX;
 /// Most that a service may cost in an hour were everything open and everyone sent to the farthest candidate: 4.6 million
 /// dollars. Below it no sum in this module can overflow 64 bits.
 const DEAREST: u128 = 1 << 62;
-/// Rounds of swaps: a later one only looks at what the one before it changed, and finds next to nothing after two.
+/// Rounds of swaps: a later one only looks at what the one before it changed. Two is a choice for time.
 const ROUNDS: usize = 2;
 /// How much wider a warm start's gap may be than that of the answer it started from, in millionths, before everything is
 /// placed anew: two percent, the goal of a replan.

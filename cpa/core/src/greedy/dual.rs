@@ -107,7 +107,7 @@ impl<'p> Dual<'p> {
     /// Raises all rows together, in steps that grow fourfold, until each is stopped by a network that is paid.
     ///
     /// Together, so that no row takes what its neighbours could pay; in few
-    /// steps, for each is a look at all: steps that double gave the same bound within a third of a percent.
+    /// steps, for each is a look at all. Finer steps take longer; how much bound they would add was not measured apart.
     pub(super) fn ascend(&mut self) {
         let mut rising: Vec<u32> =
             (0..self.level.len()).filter(|&r| self.problem.price[r] > 0).map(|r| r as u32).collect();

@@ -20,8 +20,8 @@ use vmatrix_model::MicroUsd;
 
 /// What a request is charged that nobody answers: as long as a path may be.
 const UNSERVED: u32 = LATENCY_MAX;
-/// Requests an hour times micro-dollars a second, of all prefixes: with [`UNSERVED`], no sum exceeds 2^63.
-const PRICES_MAX: u128 = (1 << 63) / UNSERVED as u128;
+/// What all prefixes could gain together, [`Pico`]: below it no sum exceeds 64 bits.
+const GAIN_MAX: u128 = 1 << 63;
 
 /// One service between two replans.
 #[derive(Debug, Clone)]
@@ -31,6 +31,9 @@ pub struct Flash<'g> {
     demand: Vec<u64>,
     /// For each row, what a microsecond costs.
     price: Vec<u64>,
+    /// For each row, how far it was served from at first, µs, at least 1: it only comes nearer.
+    reach: Vec<u32>,
+    /// The sum over rows of price · reach.
     total: u128,
     /// What the open networks cost, resumes included.
     spent: u64,
@@ -86,7 +89,9 @@ impl<'g> Flash<'g> {
             let first = graph.row(row).iter().find(|e| open[e.network as usize]);
             first.map_or((NOWHERE, UNSERVED), |e| (e.network, e.latency))
         };
-        let total = price.iter().map(|&p| u128::from(p)).sum();
+        let at: Vec<(u32, u32)> = (0..graph.rows()).map(nearest).collect();
+        let reach: Vec<u32> = at.iter().map(|a| a.1.max(1)).collect();
+        let total = price.iter().zip(&reach).map(|(&p, &r)| u128::from(p) * u128::from(r)).sum();
         let flash = Flash {
             graph,
             second: u64::try_from(prices.latency_second.0).unwrap_or(0),
@@ -95,13 +100,14 @@ impl<'g> Flash<'g> {
             spent: fixed.iter().zip(&open).filter(|&(_, &o)| o).map(|(f, _)| f).sum(),
             opening: fixed.iter().map(|f| f.saturating_add(extra.saturating_mul(1_000_000))).collect(),
             dormant,
-            at: (0..graph.rows()).map(nearest).collect(),
+            at,
+            reach,
             changed: vec![0; graph.rows()],
             tick: 0,
             gain: vec![0; networks],
             price,
         };
-        if total > PRICES_MAX { Err(Wrong::TooDear) } else { Ok(flash) }
+        if total > GAIN_MAX { Err(Wrong::TooDear) } else { Ok(flash) }
     }
 
     /// Hears the demand that some prefixes have now, in requests an hour, and opens at most `most` networks.
@@ -121,7 +127,8 @@ impl<'g> Flash<'g> {
             let (before, now) = (old * self.second, demand * self.second);
             let price = &mut self.price[row as usize];
             *price = *price - before + now;
-            self.total = self.total - u128::from(before) + u128::from(now);
+            let reach = u128::from(self.reach[row as usize]);
+            self.total = self.total - u128::from(before) * reach + u128::from(now) * reach;
             if std::mem::replace(&mut self.changed[row as usize], self.tick) != self.tick {
                 rows.push(row);
             }
@@ -189,12 +196,16 @@ impl<'g> Flash<'g> {
     fn check(&self, changes: &[(u32, u64)]) -> Result<(), Wrong> {
         let mut total = self.total;
         for &(prefix, demand) in changes {
-            if prefix as usize >= self.demand.len() {
-                return Err(Wrong::Prefix { prefix, prefixes: self.demand.len() });
+            let prefixes = self.demand.len();
+            let &(row, _) = self.graph.of_prefix().get(prefix as usize).ok_or(Wrong::Prefix { prefix, prefixes })?;
+            let reach = self.reach.get(row as usize).map_or(0, |&r| u128::from(r));
+            let price = u128::from(demand) * u128::from(self.second);
+            if price > GAIN_MAX {
+                return Err(Wrong::TooDear);
             }
-            total = total.saturating_add(u128::from(demand) * u128::from(self.second));
+            total += price * reach;
         }
-        if total > PRICES_MAX { Err(Wrong::TooDear) } else { Ok(()) }
+        if total > GAIN_MAX { Err(Wrong::TooDear) } else { Ok(()) }
     }
 
     /// The network that serves a prefix now.
