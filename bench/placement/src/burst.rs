@@ -25,7 +25,8 @@ use serde_json::{Value, json};
 use std::path::Path;
 use vmatrix_replay::trace::{self, Trace};
 
-const TRACE: &str = "worldcup98/invocation_count_per_min.csv.gz";
+/// Where the recorded trace is, in the folder of recorded data.
+pub const TRACE: &str = "worldcup98/invocation_count_per_min.csv.gz";
 const SEEDS: u64 = 10;
 const WEEK_S: f64 = 7.0 * 86_400.0;
 /// The goals of the issue.
@@ -74,7 +75,7 @@ pub fn measure(data: Option<&Path>, quick: bool) -> Result<Value> {
 }
 
 /// The recorded trace, without its artefact.
-fn worldcup(path: &Path) -> Result<Trace> {
+pub fn worldcup(path: &Path) -> Result<Trace> {
     let trace = trace::read(path)?;
     let time = |text| trace::time(text).context("a time of the mask");
     Ok(trace.mask(time("1998-05-12 06:31:00")?, time("1998-05-12 06:45:00")?)?.0)

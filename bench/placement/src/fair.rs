@@ -10,13 +10,14 @@
 //! or each team near one place, as a clan does.
 
 use crate::cpu;
-use anyhow::{Context, bail};
+use anyhow::bail;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
 use vmatrix_cpa_core::fair::{Figures, Match, Row, SLACK_PERCENT, UNKNOWN, choose, halves, split};
 use vmatrix_model::Span;
 use vmatrix_replay::chance::Chance;
+use vmatrix_replay::matrix;
 
 const TEAM: usize = 5;
 const SEEDS: [u64; 5] = [1, 2, 3, 4, 5];
@@ -217,7 +218,8 @@ pub fn measure(data: Option<&Path>, quick: bool) -> anyhow::Result<Value> {
     let draws = if quick { 50 } else { 2000 };
     let mut rows = Vec::new();
     if let Some(data) = data {
-        for m in [read::planetlab(data)?, read::cloud(data)?] {
+        let planetlab = recorded("planetlab-490", &data.join("netlatency/PlanetLabData_10"))?;
+        for m in [planetlab, recorded("cloud-69", &data.join("skyplane"))?] {
             for draw in Draw::ALL {
                 rows.push(rules(&m, draw, draws)?);
             }
@@ -250,63 +252,11 @@ pub fn measure(data: Option<&Path>, quick: bool) -> anyhow::Result<Value> {
     Ok(json!({ "slack_percent": SLACK_PERCENT, "rows": rows, "speed": speed, "goals": goals }))
 }
 
-/// The two recorded matrices.
-mod read {
-    use super::*;
-
-    fn text(data: &Path, file: &str) -> anyhow::Result<String> {
-        let path = data.join(file);
-        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
-    }
-
-    /// Milliseconds as recorded; what is not above 0 is not known.
-    fn micros(field: &str) -> Option<u32> {
-        field.trim().parse::<f64>().ok().filter(|ms| *ms > 0.0 && *ms < 1e6).map(|ms| (ms * 1000.0).round() as u32)
-    }
-
-    /// The mean of both directions, or the one that is known; 0 from itself.
-    fn both_ways(name: &'static str, known: &[Vec<Option<u32>>]) -> Matrix {
-        let of = |a: usize, b: usize| known.get(a).and_then(|r| r.get(b)).copied().flatten();
-        let mean = |a: usize, b: usize| match (of(a, b), of(b, a)) {
-            _ if a == b => 0,
-            (Some(there), Some(back)) => there.midpoint(back),
-            (Some(one), None) | (None, Some(one)) => one,
-            (None, None) => UNKNOWN,
-        };
-        let n = known.len();
-        Matrix { name, rows: (0..n).map(|a| (0..n).map(|b| mean(a, b)).collect()).collect() }
-    }
-
-    /// One slice of PlanetLab, 490 nodes.
-    pub fn planetlab(data: &Path) -> anyhow::Result<Matrix> {
-        let text = text(data, "netlatency/PlanetLabData_10")?;
-        let known: Vec<Vec<Option<u32>>> = text.lines().map(|l| l.split('\t').map(micros).collect()).collect();
-        if let Some((line, row)) = known.iter().enumerate().find(|(_, r)| r.len() < known.len()) {
-            bail!("PlanetLabData_10, line {}: {} columns of {}", line + 1, row.len(), known.len());
-        }
-        Ok(both_ways("PlanetLab-490", &known))
-    }
-
-    /// 69 regions of three clouds, mean round trips over the clouds' own networks (tier PREMIUM at both ends).
-    pub fn cloud(data: &Path) -> anyhow::Result<Matrix> {
-        let text = text(data, "skyplane/latency.csv")?;
-        let mut pairs = Vec::new();
-        for (i, line) in text.lines().enumerate().skip(1) {
-            let fields: Vec<&str> = line.split(',').collect();
-            let [from, "PREMIUM", _, to, "PREMIUM", _, _, mean, ..] = fields[..] else {
-                if fields.len() < 8 {
-                    bail!("skyplane/latency.csv, line {}: {} columns of 10", i + 1, fields.len());
-                }
-                continue;
-            };
-            pairs.push((from, to, micros(mean)));
-        }
-        let regions: BTreeSet<&str> = pairs.iter().flat_map(|p| [p.0, p.1]).collect();
-        let place = |name: &str| regions.iter().position(|r| *r == name).unwrap_or(0);
-        let mut known = vec![vec![None; regions.len()]; regions.len()];
-        pairs.iter().for_each(|(from, to, rtt)| known[place(from)][place(to)] = *rtt);
-        Ok(both_ways("cloud-69", &known))
-    }
+/// A recorded matrix; what it does not know stays unknown.
+fn recorded(name: &'static str, path: &Path) -> anyhow::Result<Matrix> {
+    let read = matrix::read(path)?;
+    let row = |a: usize| (0..read.len()).map(|b| read.rtt(a, b).unwrap_or(UNKNOWN)).collect();
+    Ok(Matrix { name, rows: (0..read.len()).map(row).collect() })
 }
 
 #[cfg(test)]
