@@ -16,7 +16,7 @@ use vmatrix_cpa_core::horizon::online::{Planner, Prices, Requests};
 use vmatrix_cpa_core::horizon::rent::Renter;
 use vmatrix_cpa_core::horizon::{Plan, Problem, Stage, State, improve};
 use vmatrix_replay::chance::Chance;
-use vmatrix_replay::trace::{self, Trace};
+use vmatrix_replay::trace::Trace;
 use vmatrix_replay::{matrix, oracle};
 
 /// Epochs a day: ten minutes each.
@@ -493,6 +493,7 @@ pub fn measure(data: Option<&Path>, quick: bool) -> anyhow::Result<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vmatrix_replay::trace;
 
     /// Twelve places on a plane, ten milliseconds a step.
     fn plane() -> Places {
