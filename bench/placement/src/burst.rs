@@ -29,7 +29,7 @@ use vmatrix_replay::trace::{self, Trace};
 pub const TRACE: &str = "worldcup98/invocation_count_per_min.csv.gz";
 const SEEDS: u64 = 10;
 const WEEK_S: f64 = 7.0 * 86_400.0;
-/// The goals of the issue.
+/// The goals.
 const IN_TIME_S: i64 = 10;
 const SEEN: usize = 10;
 const FALSE_A_WEEK: f64 = 3.0;

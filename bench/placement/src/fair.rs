@@ -21,7 +21,7 @@ use vmatrix_replay::matrix;
 
 const TEAM: usize = 5;
 const SEEDS: [u64; 5] = [1, 2, 3, 4, 5];
-/// What the issue asks of the median gap.
+/// What is asked of the median gap.
 const GAP_MAX_MS: f64 = 10.0;
 
 /// Round trips between all nodes in microseconds; a node is 0 from itself.
@@ -234,7 +234,7 @@ pub fn measure(data: Option<&Path>, quick: bool) -> anyhow::Result<Value> {
                 "one_network",
                 "median gap in ms, one network, worst latency of each draw within 10 % of the best possible",
             ),
-            ("beyond", "the same over a match of two halves, each within 10 % (not what the issue asks)"),
+            ("beyond", "the same over a match of two halves, each within 10 % (another question)"),
         ] {
             let seen = gap(row, part);
             goals.push(json!({
