@@ -54,7 +54,7 @@ impl<'a> Problem<'a> {
         self.stages.get(network * self.steps..(network + 1) * self.steps).unwrap_or_default()
     }
 
-    pub(crate) fn from_of(&self, network: usize) -> State {
+    pub(crate) fn before(&self, network: usize) -> State {
         self.from.get(network).copied().unwrap_or_default()
     }
 
@@ -76,7 +76,7 @@ impl<'a> Problem<'a> {
         let paths: i64 = (0..self.networks)
             .map(|n| {
                 let path = states.get(n * self.steps..(n + 1) * self.steps).unwrap_or_default();
-                path::price(self.from_of(n), self.stages_of(n), &none, path)
+                path::price(self.before(n), self.stages_of(n), &none, path)
             })
             .sum();
         let requests: i64 = (0..self.steps)

@@ -34,7 +34,7 @@ pub fn improve(problem: &Problem, plan: &mut Plan, order: &[usize], sweeps: usiz
         for network in order.iter().copied().filter(|n| *n < problem.networks) {
             let own = network * problem.steps..(network + 1) * problem.steps;
             served.saves(problem, network, plan.states.get(own.clone()).unwrap_or_default(), &mut saves);
-            let (from, stages) = (problem.from_of(network), problem.stages_of(network));
+            let (from, stages) = (problem.before(network), problem.stages_of(network));
             let Some(present) = plan.states.get_mut(own) else { continue };
             let before = price(from, stages, &saves, present);
             let after = cheapest(from, stages, &saves, &mut path);

@@ -107,7 +107,6 @@ pub fn first_prices(problem: &Problem, plan: &Plan) -> Vec<f32> {
         }
     }
     let mut pays: Vec<f32> = best.iter().map(|b| *b as f32).collect();
-    let mut gains = vec![0_f64; steps];
     for network in 0..problem.networks {
         let states = &plan.states[network * steps..(network + 1) * steps];
         let mut from = 0;
@@ -118,17 +117,13 @@ pub fn first_prices(problem: &Problem, plan: &Plan) -> Vec<f32> {
             }
             let to = (from..steps).find(|s| states[*s] != State::Active).unwrap_or(steps);
             let before = if from == 0 { problem.from[network] } else { states[from - 1] };
-            let mut costs = stages(problem, network)[from].change(before, State::Active) as f64;
-            let mut gained = 0.0;
-            for step in from..to {
-                costs += stages(problem, network)[step].active as f64;
-                let row = step * clusters..(step + 1) * clusters;
-                gains[step] = row
-                    .filter(|at| who[*at] == network)
-                    .map(|at| f64::from(second[at] - best[at]) * f64::from(problem.demand[at]))
-                    .sum();
-                gained += gains[step];
-            }
+            let own = stages(problem, network);
+            let runs: i64 = own[from..to].iter().map(|stage| stage.active).sum();
+            let costs = (own[from].change(before, State::Active) + runs) as f64;
+            let gained: f64 = (from * clusters..to * clusters)
+                .filter(|at| who[*at] == network)
+                .map(|at| f64::from(second[at] - best[at]) * f64::from(problem.demand[at]))
+                .sum();
             let part = if gained > 0.0 { (costs / gained).min(1.0) } else { 0.0 };
             for at in from * clusters..to * clusters {
                 if who[at] == network {

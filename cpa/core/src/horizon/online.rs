@@ -265,7 +265,7 @@ impl Few {
         Few {
             prices: networks.iter().flat_map(|n| problem.prices_of(*n).to_vec()).collect(),
             stages: networks.iter().flat_map(|n| problem.stages_of(*n).to_vec()).collect(),
-            from: networks.iter().map(|n| problem.from_of(*n)).collect(),
+            from: networks.iter().map(|n| problem.before(*n)).collect(),
         }
     }
 
