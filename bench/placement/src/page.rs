@@ -71,21 +71,28 @@ fn figures(page: &mut String, value: &Map<String, Value>, above: &str) {
     }
 }
 
+/// A table; lists within its rows are tables of their own behind it, each row with the words of the one it was in.
 fn table(page: &mut String, name: &str, rows: &[Value]) {
     let Some(Value::Object(first)) = rows.first() else { return };
-    let keys: Vec<&String> = first.iter().filter(|(_, v)| !v.is_object()).map(|(key, _)| key).collect();
-    let _ = writeln!(
-        page,
-        "\n{name}:\n\n|{}\n|{}",
-        keys.iter().map(|k| format!(" {k} |")).collect::<String>(),
-        "---|".repeat(keys.len())
-    );
+    let nested = |v: &Value| v.is_object() || v.as_array().is_some_and(|a| a.iter().any(Value::is_object));
+    let keys: Vec<&String> = first.iter().filter(|(_, v)| !nested(v)).map(|(key, _)| key).collect();
+    let head: String = keys.iter().map(|k| format!(" {k} |")).collect();
+    let _ = writeln!(page, "\n{name}:\n\n|{head}\n|{}", "---|".repeat(keys.len()));
     for row in rows.iter().take(ROWS_MAX) {
         let cells: String = keys.iter().map(|key| format!(" {} |", word(&row[key.as_str()]))).collect();
         let _ = writeln!(page, "|{cells}");
     }
     if rows.len() > ROWS_MAX {
         let _ = writeln!(page, "\nand {} more, in the JSON.", rows.len() - ROWS_MAX);
+    }
+    for key in first.iter().filter(|(_, v)| v.is_array() && nested(v)).map(|(key, _)| key) {
+        let inner = rows.iter().flat_map(|row| {
+            let words = row.as_object().into_iter().flatten().filter(|(_, v)| v.is_string());
+            let words: Map<String, Value> = words.map(|(k, v)| (k.clone(), v.clone())).collect();
+            let of = row[key.as_str()].as_array().into_iter().flatten().filter_map(Value::as_object);
+            of.map(move |own| Value::Object(words.clone().into_iter().chain(own.clone()).collect())).collect::<Vec<_>>()
+        });
+        table(page, &format!("{name}, {key}"), &inner.collect::<Vec<_>>());
     }
     page.push('\n');
 }
@@ -119,12 +126,16 @@ mod tests {
         let goal = |what: &str, met: bool| json!({ "what": what, "wanted": "<= 1", "seen": 0.5, "met": met });
         let found = json!({
             "policy": "mpc", "goals": [goal("cheap", true)], "rows": [{ "seed": 1, "ratio": 1.0123456 }],
-            "fair": { "goals": [goal("fair", false)], "draws": 2000 },
+            "fair": {
+                "goals": [goal("fair", false)], "draws": 2000,
+                "rows": [{ "matrix": "planet", "peers": [{ "policy": "average", "gap": 50 }] }],
+            },
         });
         let page = markdown(&found);
         assert!(page.contains("| quality | cheap | <= 1 | 0.5000 | met |"), "{page}");
         assert!(page.contains("| fair | fair | <= 1 | 0.5000 | **not met** |"), "{page}");
         assert!(page.contains("| ratio | seed |\n|---|---|\n| 1.0123 | 1 |"), "{page}");
         assert!(page.contains("* draws: 2000"), "{page}");
+        assert!(page.contains("| gap | matrix | policy |\n|---|---|---|\n| 50 | planet | average |"), "{page}");
     }
 }
