@@ -16,14 +16,17 @@ use vmatrix_cpa_core::horizon::online::{Planner, Prices, Requests};
 use vmatrix_cpa_core::horizon::rent::Renter;
 use vmatrix_cpa_core::horizon::{Plan, Problem, Stage, State, improve};
 use vmatrix_replay::chance::Chance;
-use vmatrix_replay::trace::Trace;
+use vmatrix_replay::trace::{self, Trace};
 use vmatrix_replay::{matrix, oracle};
 
 /// Epochs a day: ten minutes each.
 const DAY: usize = 144;
 const HOUR: usize = DAY / 24;
-/// Rounds of the dual at each look of our policy: with more it is no better.
+/// Rounds of the dual at each look of our policy: twice as many cost twice as much and gain some thousandths.
 const ROUNDS: usize = 30;
+/// Most requests of an epoch: ten times the busiest of the recorded trace. So many in each of three months' epochs, at
+/// the highest weight and 300 ms each, are still a sum that 64 bits hold (4.5 · 10¹⁸).
+const REQUESTS_MAX: u64 = 20_000_000;
 /// 10⁻¹² dollars in a dollar.
 const DOLLAR: f64 = 1e12;
 
@@ -264,7 +267,17 @@ pub fn world(trace: &Trace, places: &Places, seed: u64, weight: f64) -> anyhow::
         rank.swap(i, chance.under(i as u64 + 1) as usize);
     }
     let size: Vec<f64> = rank.iter().map(|r| 1.0 / (1.0 + *r as f64).powf(0.8)).collect();
-    let totals: Vec<u64> = trace.counts.chunks(per).take(epochs).map(|c| c.iter().sum()).collect();
+    let sum = |counts: &[u64]| counts.iter().fold(0_u64, |sum, n| sum.saturating_add(*n));
+    let totals: Vec<u64> = trace.counts.chunks(per).take(epochs).map(sum).collect();
+    if let Some(epoch) = totals.iter().position(|total| *total > REQUESTS_MAX) {
+        bail!(
+            "trace {}: {} requests in the ten minutes from {}, more than {REQUESTS_MAX}; mask what is wrong there with \
+             `vmatrix trace import --mask`",
+            trace.name,
+            totals[epoch],
+            trace::time_of(trace.at(epoch * per))
+        );
+    }
     // What is above one and a half times the usual of three days is a crowd, and comes from two places and those near them.
     let mut demand = vec![0_u32; epochs * n];
     let mut drift = vec![0.0_f64; n];
@@ -493,7 +506,6 @@ pub fn measure(data: Option<&Path>, quick: bool) -> anyhow::Result<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmatrix_replay::trace;
 
     /// Twelve places on a plane, ten milliseconds a step.
     fn plane() -> Places {
@@ -530,6 +542,16 @@ mod tests {
         let (drawn, recorded) = (a.demand.iter().map(|d| u64::from(*d)).sum::<u64>(), trace.counts.iter().sum::<u64>());
         // Each place's requests in an epoch are rounded to whole ones.
         assert!(drawn.abs_diff(recorded) <= a.demand.len() as u64, "{drawn} of {recorded}");
+    }
+
+    #[test]
+    fn more_requests_than_can_be_summed_are_refused_by_time() {
+        for many in [REQUESTS_MAX + 1, u64::MAX] {
+            let mut trace = trace::generate(trace::Kind::Diurnal, 3, 1);
+            trace.counts[25] = many;
+            let said = world(&trace, &plane(), 1, 2e-8).err().unwrap().to_string();
+            assert!(said.contains("2001-01-01 00:20:00") && said.contains("--mask"), "{said}");
+        }
     }
 
     #[test]
