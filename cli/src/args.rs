@@ -143,6 +143,15 @@ pub struct Replay {
     /// Write the report with its charts to this file
     #[arg(long)]
     pub html: Option<PathBuf>,
+    /// Compare ways to place services: `mpc` (ours), `myopic`, `static`, `best-single`, `none`; may be given again
+    #[arg(long, conflicts_with_all = ["timeline", "html"])]
+    pub policy: Vec<vmatrix_replay::policy::Policy>,
+    /// Compare over so many seeds, the scenario's (or `--seed`) and those after it
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1000), conflicts_with_all = ["timeline", "html"])]
+    pub seeds: u64,
+    /// Say between which bounds the cost must lie: certified from below, from above a placement that knows the future
+    #[arg(long, conflicts_with_all = ["timeline", "html"])]
+    pub oracle: bool,
 }
 
 #[derive(Debug, Subcommand)]

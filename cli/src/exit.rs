@@ -15,7 +15,7 @@ pub const TABLE: &str = "Exit codes:
   5  refused: by a check, a limit, or because this machine lacks something
   7  not done in time";
 
-/// The plan holds moves (`vmatrix plan --exit-code`).
+/// The plan holds moves (`vmatrix plan --exit-code`), or a play was not as its scenario expects.
 pub const CHANGES: u8 = 3;
 const STALE: u8 = 4;
 const REFUSED: u8 = 5;

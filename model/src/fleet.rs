@@ -60,6 +60,9 @@ pub struct Network {
     pub instance_hour_microusd: MicroUsd,
     /// What a gigabyte (10^9 bytes) sent out costs.
     pub egress_gb_microusd: MicroUsd,
+    /// What keeping a gigabyte (10^9 bytes) of a dormant image costs an hour.
+    #[serde(default)]
+    pub storage_gb_hour_microusd: MicroUsd,
     /// Price of an instance-hour in per cent of `instance_hour_microusd`, by hour of the day (UTC); empty means 100 always.
     #[serde(default)]
     pub tariff_percent: Vec<u32>,
@@ -198,6 +201,8 @@ pub enum BadFleet {
 const VIP_HOSTS: std::ops::RangeInclusive<u32> = 2..=254;
 /// Longest time to live of an answer: a day. Above it no move would ever be seen.
 const TTL_MAX_S: u32 = 86_400;
+/// Highest price of anything of a network, millionths of a dollar: a thousand dollars.
+const PRICE_MAX: i64 = 1_000_000_000;
 /// Longest round trip and queue, milliseconds: to the moon and back is 2,600.
 const DELAY_MAX_MS: u32 = 10_000;
 
@@ -291,6 +296,17 @@ impl Fleet {
                 return Err(BadFleet::Range {
                     whose: format!("network {}", n.name),
                     problem: "machines must be above 0".into(),
+                });
+            }
+            let prices = [
+                ("instance_hour_microusd", n.instance_hour_microusd),
+                ("egress_gb_microusd", n.egress_gb_microusd),
+                ("storage_gb_hour_microusd", n.storage_gb_hour_microusd),
+            ];
+            if let Some((key, price)) = prices.into_iter().find(|(_, p)| !(0..=PRICE_MAX).contains(&p.0)) {
+                return Err(BadFleet::Range {
+                    whose: format!("network {}", n.name),
+                    problem: format!("{key} = {} must be 0 to {PRICE_MAX}", price.0),
                 });
             }
             if !n.tariff_percent.is_empty() && n.tariff_percent.len() != 24 {

@@ -53,6 +53,10 @@ pub struct World {
 }
 
 impl Prices for World {
+    fn requests(&self) -> &Requests {
+        &self.requests
+    }
+
     fn stage(&self, network: usize, epoch: usize, epochs: usize) -> Stage {
         let n = &self.networks[network];
         let hour = |epoch: usize| (epoch / HOUR + n.zone) % 24;
@@ -126,7 +130,7 @@ fn whole<T>(world: &World, look: impl FnOnce(&Problem) -> T) -> T {
 }
 
 fn mpc(world: &World, rounds: usize) -> Outcome {
-    let mut planner = Planner::new(world.requests.clone(), DAY, world.from(), rounds);
+    let mut planner = Planner::new(world.clusters, DAY, 0, world.from(), rounds);
     let mut demand = Vec::new();
     play(world, |epoch, heard| {
         if epoch > 0 {

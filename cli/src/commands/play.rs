@@ -1,5 +1,7 @@
 //! Plays: the same scenario file on real VMs and in virtual time.
 
+mod compare;
+
 use super::image::{build_one, store};
 use super::progress::Progress;
 use crate::args::{Demo, Lab, Replay};
@@ -24,7 +26,7 @@ pub fn demo(demo: &Demo) -> Result<ExitCode> {
     let options = PlayOptions { keep, port: demo.port, tell: told.teller(), ..PlayOptions::with_store(&store) };
     let code = vmatrix_lab::play(&scenario, &options, |outcome| {
         told.end();
-        match outcome.and_then(|recording| show(&scenario, &recording, demo).map(|()| ExitCode::SUCCESS)) {
+        match outcome.and_then(|recording| show(&scenario, &recording, demo)) {
             Ok(code) => Ok(code),
             Err(e) => {
                 // A play whose checks failed still has figures worth seeing.
@@ -43,12 +45,14 @@ pub fn demo(demo: &Demo) -> Result<ExitCode> {
 
 pub fn replay(replay: &Replay) -> Result<ExitCode> {
     let scenario = Scenario::read(&replay.file)?;
+    if replay.oracle || replay.seeds > 1 || !replay.policy.is_empty() {
+        return compare::run(&scenario, replay);
+    }
     let recording = vmatrix_replay::replay(&scenario, replay.seed);
     if replay.timeline {
         print!("{}", vmatrix_replay::timeline::timeline(&scenario, &recording));
     }
-    report(&scenario, &recording, replay.json, replay.html.as_deref())?;
-    Ok(ExitCode::SUCCESS)
+    report(&scenario, &recording, replay.json, replay.html.as_deref())
 }
 
 pub fn lab(lab: &Lab) -> Result<ExitCode> {
@@ -81,11 +85,12 @@ fn images(scenario: &Scenario, recipes: &Path, store: &Path) -> Result<()> {
     Ok(())
 }
 
-fn show(scenario: &Scenario, recording: &Recording, demo: &Demo) -> Result<()> {
+fn show(scenario: &Scenario, recording: &Recording, demo: &Demo) -> Result<ExitCode> {
     report(scenario, recording, demo.json, demo.html.as_deref())
 }
 
-fn report(scenario: &Scenario, recording: &Recording, json: bool, html: Option<&Path>) -> Result<()> {
+/// Prints a report, and what the scenario expected and the play did not show: the exit code says whether there was any.
+fn report(scenario: &Scenario, recording: &Recording, json: bool, html: Option<&Path>) -> Result<ExitCode> {
     let summary = report::summarise(scenario, recording);
     if let Some(path) = html {
         std::fs::write(path, report::html(scenario, recording, &summary))
@@ -97,5 +102,11 @@ fn report(scenario: &Scenario, recording: &Recording, json: bool, html: Option<&
     } else {
         println!("{summary}");
     }
-    Ok(())
+    Ok(told(&vmatrix_replay::expect::broken(&scenario.expected, &summary)))
+}
+
+/// Says what was broken of what a scenario expects.
+fn told(broken: &[String]) -> ExitCode {
+    broken.iter().for_each(|b| eprintln!("vmatrix: not as expected: {b}"));
+    if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(exit::CHANGES) }
 }

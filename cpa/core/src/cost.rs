@@ -12,7 +12,7 @@ pub const PACKET: u64 = 1448;
 /// Packets a fresh connection may send before the first acknowledgement (RFC 6928).
 const INITIAL_WINDOW: u32 = 10;
 /// Response time charged for a request beyond what the instances can answer: it waits until people give up.
-const OVERLOADED: Span = Span::secs(10);
+pub const OVERLOADED: Span = Span::secs(10);
 
 /// The square root of a loss probability, in thousandths: √(ppm / 10^6) · 1000.
 ///
@@ -115,6 +115,12 @@ pub fn bytes_served(service: &Service, rate: MilliRps, span: Span) -> Bytes {
 /// What sending `bytes` out of `network` costs (paper §5.4).
 pub fn traffic_price(network: &Network, bytes: Bytes) -> MicroUsd {
     let value = i128::from(bytes.0) * i128::from(network.egress_gb_microusd.0) / 1_000_000_000;
+    MicroUsd(i64::try_from(value).unwrap_or(i64::MAX))
+}
+
+/// What keeping `bytes` of a dormant image in `network` costs an hour (paper §6.1.3).
+pub fn storage_price(network: &Network, bytes: Bytes) -> MicroUsd {
+    let value = i128::from(bytes.0) * i128::from(network.storage_gb_hour_microusd.0) / 1_000_000_000;
     MicroUsd(i64::try_from(value).unwrap_or(i64::MAX))
 }
 

@@ -30,10 +30,21 @@ const LOST: Span = Span::secs(15);
 /// journal was lost. Beyond it a daemon is broken or lies, and following it would use up the numbers.
 pub(crate) const AHEAD_MAX: u64 = 1 << 32;
 
+/// By what a service without a crowd is placed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Policy {
+    /// By the day ahead, once a day was heard: [`crate::ahead`].
+    #[default]
+    Ahead,
+    /// By the hour's prices at all times: to compare with.
+    Hourly,
+}
+
 /// The content placement agent of one fleet.
 #[derive(Debug, Clone)]
 pub struct Cpa {
     pub(crate) fleet: Fleet,
+    pub(crate) policy: Policy,
     pub(crate) tables: Tables,
     pub(crate) memory: Memory,
 }
@@ -42,7 +53,12 @@ impl Cpa {
     /// A CPA that has heard nothing. `images` are the stored sizes that are known; the fleet's profile stands in for the rest.
     pub fn new(fleet: Fleet, images: BTreeMap<ServiceId, Bytes>) -> Cpa {
         let tables = Tables::new(&fleet);
-        Cpa { fleet, tables, memory: Memory { images, ..Memory::default() } }
+        Cpa { fleet, tables, policy: Policy::default(), memory: Memory { images, ..Memory::default() } }
+    }
+
+    /// The same, placing by another policy.
+    pub fn under(self, policy: Policy) -> Cpa {
+        Cpa { policy, ..self }
     }
 
     /// All it knows, to be written down.
@@ -190,6 +206,7 @@ impl Cpa {
                 self.watch(now, &service.name, judged);
                 if closes {
                     self.close_slot(now, &service.name, judged + 1);
+                    self.hear_ahead(now, &service, judged + 1, SLOT.0 / 1_000_000);
                 }
                 self.think(now, &service, closes, commands);
             }
@@ -229,6 +246,9 @@ impl Cpa {
                     usual_per_100s: crowd.usual / 10,
                 };
                 self.crowd(now, service, cause)
+            }
+            None if self.policy == Policy::Ahead && self.memory.ahead.get(name).is_some_and(|a| a.due()) => {
+                self.look_ahead(now, service)
             }
             None => {
                 let just_calm = self

@@ -17,7 +17,7 @@ pub mod outlook;
 pub mod path;
 pub mod rent;
 
-pub use descent::{Plan, improve};
+pub use descent::{Plan, improve, otherwise};
 pub use path::{Stage, State};
 
 /// A price per request above which nobody is served: such a network does not reach the cluster.

@@ -12,6 +12,7 @@
 //! [`Event`] and carries out the [`Command`]s in their order. The same events at the same times give
 //! the same commands, byte for byte.
 
+pub mod ahead;
 pub mod burst;
 mod carry;
 pub mod check;
@@ -36,7 +37,7 @@ mod status;
 pub mod steering;
 pub mod toward;
 
-pub use cpa::Cpa;
+pub use cpa::{Cpa, Policy};
 pub use memory::Memory;
 
 use vmatrix_model::assignment::Assignment;

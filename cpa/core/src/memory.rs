@@ -65,6 +65,9 @@ pub struct Memory {
     /// The last report of each edge's run.
     #[serde(default)]
     pub reports: BTreeMap<NetworkId, LastReport>,
+    /// What is remembered of each service for planning a day ahead.
+    #[serde(default)]
+    pub ahead: BTreeMap<ServiceId, crate::ahead::Ahead>,
     /// What the holds remember of each service.
     #[serde(default)]
     pub holds: BTreeMap<ServiceId, crate::hold::Held>,

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  a crowd is on ─▶ crowd():    adds and growth only, among networks that hold the image
+//!  an epoch closed ─▶ look_ahead(): see [`crate::ahead`], once a whole day was heard; until then, and for singletons:
 //!  a slot closed ─▶ ordinary(): adds, drops, swaps, other numbers; the best of three rounds
 //!  nobody serves ─▶ lost():     any other network
 //!  an order      ─▶ ordered():  what was ordered, with what the prices say against it
@@ -10,7 +11,7 @@
 //! During a crowd nothing is taken away: a price of an hour at a crowd's rates says nothing about
 //! what the quiet regions will want in a minute.
 
-use crate::cpa::Cpa;
+use crate::cpa::{Cpa, Policy};
 use crate::explain::{self, Effect};
 use crate::memory::Shares;
 use crate::solve::{self, Case, Priced, Rates, Rule, Size, Step};
@@ -63,22 +64,25 @@ impl Cpa {
         self.memory.ordered.get(service).copied().filter(|until| now < *until)
     }
 
+    /// Stored bytes of a service's image.
+    pub(crate) fn image_bytes(&self, service: &Service) -> Bytes {
+        self.memory.images.get(&service.name).copied().unwrap_or(Bytes(service.profile.image_mib << 20))
+    }
+
     /// Image bytes that `network` lacks.
-    fn missing(&self, service: &Service, network: &NetworkId) -> Bytes {
+    pub(crate) fn missing(&self, service: &Service, network: &NetworkId) -> Bytes {
         let seen = self.memory.seen.get(network).and_then(|s| s.inventory.images.get(&service.name));
-        let known = self.memory.images.get(&service.name).copied();
-        let whole = known.unwrap_or(Bytes(service.profile.image_mib << 20));
-        seen.map_or(whole, |i| i.total - i.present)
+        seen.map_or_else(|| self.image_bytes(service), |i| i.total - i.present)
     }
 
     /// From the order to serving: the missing bytes over the origin's link, then the resume.
-    fn ready_in(&self, service: &Service, network: &NetworkId) -> Span {
+    pub(crate) fn ready_in(&self, service: &Service, network: &NetworkId) -> Span {
         let link = self.tables.origin(network);
         let travel = link.map_or(Span::ZERO, |l| cost::transfer_time(self.missing(service, network), l));
         travel + Span::ms(u64::from(service.profile.resume_ms))
     }
 
-    fn case<'a>(&'a self, service: &'a Service, rule: Rule, rates: &'a Rates, now: Time) -> Case<'a> {
+    pub(crate) fn case<'a>(&'a self, service: &'a Service, rule: Rule, rates: &'a Rates, now: Time) -> Case<'a> {
         Case { fleet: &self.fleet, tables: &self.tables, service, rule, rates, now }
     }
 
@@ -143,24 +147,40 @@ impl Cpa {
 
     /// What makes a step impossible, in words.
     fn against(&self, case: Case, step: &Step, after: &Priced, active: &BTreeSet<NetworkId>) -> Option<String> {
-        let service = case.service;
-        let held = self.memory.holds.get(&service.name);
-        if let Some(newcomer) = step.newcomer() {
-            if held.is_some_and(|h| !h.may_try(newcomer, case.now)) {
-                return Some(format!("{newcomer} failed to serve it less than {} ago", hold::AVOID));
-            }
-            if !crate::steering::heard(&self.memory, newcomer, case.now) {
-                return Some(format!("nothing is heard of {newcomer}"));
-            }
-            if let Err(words) = self.two_tier(case, newcomer, active) {
-                return Some(words);
-            }
+        let shut = step.newcomer().and_then(|newcomer| self.shut(case, newcomer, active));
+        shut.or_else(|| self.does_not_fit(case.service, &after.shares))
+    }
+
+    /// Why a network cannot be entered, in words, whatever it has room for.
+    fn shut(&self, case: Case, newcomer: &NetworkId, active: &BTreeSet<NetworkId>) -> Option<String> {
+        let held = self.memory.holds.get(&case.service.name);
+        if held.is_some_and(|h| !h.may_try(newcomer, case.now)) {
+            return Some(format!("{newcomer} failed to serve it less than {} ago", hold::AVOID));
         }
+        if !crate::steering::heard(&self.memory, newcomer, case.now) {
+            return Some(format!("nothing is heard of {newcomer}"));
+        }
+        self.two_tier(case, newcomer, active).err()
+    }
+
+    /// Why a network where the service is not active cannot be entered, in words.
+    pub(crate) fn barred(&self, case: Case, network: &NetworkId, active: &BTreeSet<NetworkId>) -> Option<String> {
+        if active.contains(network) {
+            return None;
+        }
+        let mut with = active.clone();
+        with.insert(network.clone());
+        let shares = || solve::price(case, &with, Size::ByLoad).shares;
+        self.shut(case, network, active).or_else(|| self.does_not_fit(case.service, &shares()))
+    }
+
+    /// Why old and new instances have no room beside one another, in words.
+    fn does_not_fit(&self, service: &Service, instances: &BTreeMap<NetworkId, u32>) -> Option<String> {
         let mut placement = self.memory.placement.clone();
         for (name, t) in &self.memory.transitions {
             placement.services.insert(name.clone(), crate::toward::union(&t.before, &t.target));
         }
-        let target = solve::shares(&self.fleet, &after.shares);
+        let target = solve::shares(&self.fleet, instances);
         let present = placement.services.get(&service.name).cloned().unwrap_or_default();
         placement.services.insert(service.name.clone(), crate::toward::union(&present, &target));
         check::lint(&self.fleet, &placement).first().map(ToString::to_string)
@@ -195,7 +215,12 @@ impl Cpa {
     }
 
     /// What the change from one set of networks to another does for the region it changes most.
-    fn effect(&self, case: Case, before: &BTreeSet<NetworkId>, after: &BTreeSet<NetworkId>) -> Option<Effect> {
+    pub(crate) fn effect(
+        &self,
+        case: Case,
+        before: &BTreeSet<NetworkId>,
+        after: &BTreeSet<NetworkId>,
+    ) -> Option<Effect> {
         let of_region = |(region, rate): (&vmatrix_model::RegionId, &u64)| {
             let name = &case.service.name;
             let from = self.tables.best(case.rule, name, region, before)?;
@@ -234,8 +259,13 @@ impl Cpa {
                 && hold::worthwhile(w.gain, MicroUsd(0), spent(w))
                 && w.payback.is_some_and(|p| p <= hold::CROWD_HORIZON)
         };
-        let chosen = weighed.iter().position(pays)?;
-        let not = self.left(service, &before, &weighed, Some(chosen), hold::CROWD_HORIZON);
+        let chosen = weighed.iter().position(pays);
+        let not = self.left(service, &before, &weighed, chosen, hold::CROWD_HORIZON);
+        let Some(chosen) = chosen else {
+            // Nobody comes to help a crowd: the operator will ask why.
+            self.memory.not.insert(service.name.clone(), not);
+            return None;
+        };
         let plan = self.step_plan(case, &before, &weighed, chosen, cause, not);
         Some(self.numbered(plan))
     }
@@ -246,11 +276,21 @@ impl Cpa {
         let case = self.case(service, Rule::Fastest, &rates, now);
         let active: BTreeSet<NetworkId> = present.keys().cloned().collect();
         let before = self.price(case, &active, Size::Given(&present));
-        let weighed = self.weigh(case, &present, &before, Size::ByLoad, |_| true);
         let mut held = self.memory.holds.get(&service.name).cloned().unwrap_or_default();
         let spent = |w: &Weighed| MicroUsd((w.after.price.instances - before.price.instances).0.max(0));
         // Sleep is what a copy resumed for a crowd returns to: any saving will do.
         let after_crowd = held.calm_since.is_some_and(|t| now.since(t) >= hold::CALM) && active.len() > 1;
+        // Where plans are made ahead, the hour's prices say how many instances, and when a crowd's copy sleeps again.
+        let ahead = self.memory.ahead.get(&service.name).filter(|a| self.policy == Policy::Ahead && a.knows());
+        let wanted = |step: &Step| {
+            ahead.is_none_or(|ahead| match step {
+                Step::Resize => true,
+                Step::Drop(network) => after_crowd && !ahead.means(network),
+                Step::Add(_) | Step::Swap { .. } => false,
+            })
+        };
+        let planned = ahead.is_some();
+        let weighed = self.weigh(case, &present, &before, Size::ByLoad, wanted);
         let to_sleep = |w: &Weighed| after_crowd && matches!(w.step, Step::Drop(_)) && w.gain.0 > 0;
         let pays = |w: &Weighed| {
             w.against.is_none()
@@ -274,7 +314,9 @@ impl Cpa {
             held.tempted = None;
         }
         self.memory.holds.insert(service.name.clone(), held);
-        self.memory.not.insert(service.name.clone(), not);
+        if !planned {
+            self.memory.not.insert(service.name.clone(), not);
+        }
         plan.map(|p| self.numbered(p))
     }
 

@@ -34,6 +34,7 @@ const LAST_READS: usize = 3;
 /// What all clients of a play share.
 pub struct Clients {
     zone: String,
+    resolver_ttl_s: u32,
     traffic: BTreeMap<ServiceId, Traffic>,
     vips: BTreeMap<Ipv4Addr, NetworkId>,
     /// Stands in every write's body, and must never be seen on the WAN.
@@ -83,6 +84,7 @@ impl Clients {
         let traffic = scenario.traffic.iter().map(|t| (t.service.clone(), t.clone())).collect();
         Ok(Arc::new(Clients {
             zone: fleet.zone.clone(),
+            resolver_ttl_s: scenario.resolver_ttl_s,
             traffic,
             vips,
             canary: random_hex()?,
@@ -135,7 +137,8 @@ impl Clients {
         start: Instant,
         results: mpsc::UnboundedSender<Request>,
     ) {
-        let resolver = Arc::new(Resolver::new(region.servers.clone(), region.prefix, host(region.prefix, 1)));
+        let resolver = Resolver::new(region.servers.clone(), region.prefix, host(region.prefix, 1));
+        let resolver = Arc::new(resolver.clamping(self.resolver_ttl_s));
         let mut under_way = tokio::task::JoinSet::new();
         for arrival in arrivals {
             tokio::time::sleep_until((start + std::time::Duration::from_micros(arrival.at.0)).into()).await;

@@ -52,6 +52,8 @@ pub struct Resolver {
     servers: Vec<SocketAddrV4>,
     subnet: Ipv4Net,
     own: Ipv4Addr,
+    /// Answers are kept at least so long, seconds.
+    least_ttl_s: u32,
     began: Instant,
     // Held while asking, so that clients who ask for the same name at once wait for one answer.
     asked: tokio::sync::Mutex<(Cache, u16)>,
@@ -60,7 +62,13 @@ pub struct Resolver {
 impl Resolver {
     /// A resolver at `own` for clients in `subnet`, which asks `servers` in this order.
     pub fn new(servers: Vec<SocketAddrV4>, subnet: Ipv4Net, own: Ipv4Addr) -> Resolver {
-        Resolver { servers, subnet, own, began: Instant::now(), asked: tokio::sync::Mutex::new((Cache::default(), 1)) }
+        let asked = tokio::sync::Mutex::new((Cache::default(), 1));
+        Resolver { servers, subnet, own, least_ttl_s: 0, began: Instant::now(), asked }
+    }
+
+    /// The same, keeping answers at least so many seconds, as some resolvers do.
+    pub fn clamping(self, least_ttl_s: u32) -> Resolver {
+        Resolver { least_ttl_s, ..self }
     }
 
     /// The addresses of `name`, from the cache or from the first server that answers.
@@ -80,7 +88,7 @@ impl Resolver {
             match answer {
                 Ok(Ok((ttl_s, addresses))) => {
                     let now = Time(self.began.elapsed().as_micros() as u64);
-                    asked.0.put(now, name, ttl_s, addresses.clone());
+                    asked.0.put(now, name, ttl_s.max(self.least_ttl_s), addresses.clone());
                     return Ok(addresses);
                 }
                 Ok(Err(e)) => last = e,

@@ -7,8 +7,10 @@
 
 pub mod arrivals;
 pub mod chance;
+pub mod expect;
 pub mod matrix;
 pub mod oracle;
+pub mod policy;
 pub mod prefixes;
 pub mod recording;
 pub mod report;
@@ -18,4 +20,4 @@ pub mod trace;
 mod world;
 
 pub use timeline::timeline;
-pub use world::replay;
+pub use world::{replay, replay_under};

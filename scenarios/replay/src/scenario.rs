@@ -1,5 +1,6 @@
 //! A scenario: a fleet and what happens to it. The lab plays it for real, the replay in virtual time.
 
+use crate::expect::Expect;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use vmatrix_model::config::{BadFile, parse_toml};
@@ -17,10 +18,15 @@ pub struct Scenario {
     pub seed: u64,
     /// How long it plays once every service serves at home.
     pub length_s: u32,
+    /// Another scenario file in the same folder whose fleet and traffic are this one's too.
+    #[serde(default)]
+    pub fleet_of: Option<String>,
     pub fleet: Fleet,
+    /// Clients' resolvers keep an answer at least so long, whatever it says of itself.
+    #[serde(default)]
+    pub resolver_ttl_s: u32,
     #[serde(rename = "traffic")]
     pub traffic: Vec<Traffic>,
-    /// Steady demand.
     #[serde(rename = "demand")]
     pub demand: Vec<Demand>,
     #[serde(rename = "crowd", default)]
@@ -29,6 +35,9 @@ pub struct Scenario {
     pub orders: Vec<TimedOrder>,
     #[serde(rename = "fault", default)]
     pub faults: Vec<Fault>,
+    /// What the play must show; it fails where it does not.
+    #[serde(rename = "expect", default)]
+    pub expected: Vec<Expect>,
 }
 
 /// What a request of a service looks like.
@@ -60,13 +69,52 @@ pub struct WriteBack {
     pub body: String,
 }
 
-/// Steady demand of one region for one service.
+/// Demand of one region for one service.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Demand {
     pub service: ServiceId,
     pub region: RegionId,
+    /// On average, where it is not the same at all times.
     pub requests_per_s: f64,
+    /// How much is asked in each of the 24 hours from the start, in any unit; from the middle of one to the next it
+    /// changes evenly. None: the same at all hours.
+    #[serde(default)]
+    pub hours: Vec<f64>,
+}
+
+impl Demand {
+    /// Requests a second at `second` (from the start).
+    pub fn rate(&self, second: f64) -> f64 {
+        let all: f64 = self.hours.iter().sum();
+        if all <= 0.0 {
+            return self.requests_per_s;
+        }
+        let hours = self.hours.len();
+        // In hours since the middle of the day's first.
+        let at = (second / 3600.0 - 0.5).rem_euclid(hours as f64);
+        let (before, part) = (at as usize % hours, at.fract());
+        let between = self.hours[before] * (1.0 - part) + self.hours[(before + 1) % hours] * part;
+        self.requests_per_s * between * hours as f64 / all
+    }
+
+    /// A rate that is never exceeded.
+    pub fn peak(&self) -> f64 {
+        let (all, most) = self.hours.iter().fold((0.0, 0.0_f64), |(all, most), h| (all + h, most.max(*h)));
+        if all <= 0.0 { self.requests_per_s } else { self.requests_per_s * most * self.hours.len() as f64 / all }
+    }
+
+    fn fault(&self) -> Option<String> {
+        if !self.hours.is_empty() && self.hours.len() != 24 {
+            return Some(format!("hours has {} values, a day has 24", self.hours.len()));
+        }
+        let possible = |h: &f64| (0.0..=HOUR_MAX).contains(h);
+        if let Some(bad) = self.hours.iter().find(|h| !possible(h)) {
+            return Some(format!("hours has {bad}, which must be 0 to {HOUR_MAX}"));
+        }
+        let nothing = !self.hours.is_empty() && self.hours.iter().all(|h| *h == 0.0);
+        nothing.then(|| "hours are all 0: leave the line out".to_owned())
+    }
 }
 
 /// A flash crowd, on top of steady demand.
@@ -131,8 +179,43 @@ pub enum BadScenario {
     Range { file: String, problem: String },
 }
 
-/// Longest scenario: a day.
-const LENGTH_MAX_S: u32 = 86_400;
+/// The text of a scenario with the fleet and the traffic of the one that it names, if it names one. They come last, so
+/// that what is wrong before them is found where it stands.
+fn whole(file: &str, text: &str) -> Result<String, BadScenario> {
+    #[derive(Deserialize)]
+    struct Head {
+        fleet_of: Option<String>,
+        fleet: Option<toml::Table>,
+        traffic: Option<Vec<toml::Table>>,
+    }
+    let range = |problem: String| Err(BadScenario::Range { file: file.into(), problem });
+    // A text that cannot be read at all is told of by whoever reads it next.
+    let Ok(Head { fleet_of: Some(name), fleet, traffic }) = toml::from_str(text) else { return Ok(text.to_owned()) };
+    if name.contains(['/', '\\']) || !name.ends_with(".toml") {
+        return range(format!("fleet_of = {name:?} must be a scenario file of the same folder"));
+    }
+    if fleet.is_some() || traffic.is_some() {
+        return range("fleet_of stands in place of [fleet] and [[traffic]]: leave either out".into());
+    }
+    let path = std::path::Path::new(file).with_file_name(&name);
+    let other = path.display().to_string();
+    let theirs = std::fs::read_to_string(&path).map_err(|source| BadScenario::Read { file: other.clone(), source })?;
+    let mut theirs: toml::Table = parse_toml(&other, &theirs)?;
+    if theirs.contains_key("fleet_of") {
+        return range(format!("fleet_of = {name:?} has its own fleet of another file: name that one"));
+    }
+    theirs.retain(|key, _| matches!(key, "fleet" | "traffic"));
+    match toml::to_string(&theirs) {
+        Ok(theirs) => Ok(format!("{text}\n{theirs}")),
+        Err(e) => range(format!("fleet_of = {name:?}: {e}")),
+    }
+}
+
+/// Longest scenario: two weeks, of which the first day teaches what is usual.
+const LENGTH_MAX_S: u32 = 14 * DAY_S;
+const DAY_S: u32 = 86_400;
+/// Highest value of an hour; they are compared with one another only.
+const HOUR_MAX: f64 = 1e6;
 /// Highest rate of one line; the lab's clients are one process.
 const RATE_MAX: f64 = 10_000.0;
 /// Most machines of a network, as many as a VM agent takes.
@@ -156,7 +239,7 @@ impl Scenario {
     /// # Errors
     /// As [`Scenario::read`].
     pub fn parse(file: &str, text: &str) -> Result<Scenario, BadScenario> {
-        let s: Scenario = parse_toml(file, text)?;
+        let s: Scenario = parse_toml(file, &whole(file, text)?)?;
         s.fleet.check().map_err(|source| BadScenario::Fleet { file: file.into(), source })?;
         let range = |problem: String| Err(BadScenario::Range { file: file.into(), problem });
         if s.length_s == 0 || s.length_s > LENGTH_MAX_S {
@@ -185,6 +268,12 @@ impl Scenario {
                     "there is demand for {service} and no [[traffic]] that says what its requests are"
                 ));
             }
+        }
+        if s.resolver_ttl_s > DAY_S {
+            return range(format!("resolver_ttl_s = {} must be 0 to {DAY_S}", s.resolver_ttl_s));
+        }
+        if let Some((d, fault)) = s.demand.iter().find_map(|d| Some((d, d.fault()?))) {
+            return range(format!("demand from {} for {}: {fault}", d.region, d.service));
         }
         if let Some(n) = s.fleet.networks.iter().find(|n| n.machines > MACHINES_MAX) {
             return range(format!(
@@ -221,6 +310,17 @@ impl Scenario {
                 return range(format!("order at {} s names a service or network that does not exist", o.at_s));
             }
         }
+        for e in &s.expected {
+            if let Some(fault) = e.fault() {
+                return range(format!("an expectation {fault}"));
+            }
+            if let Some(unknown) = e.service.as_ref().filter(|service| s.fleet.service(service).is_none()) {
+                return range(format!("an expectation names service {unknown}, which does not exist"));
+            }
+            if let Some(unknown) = e.network.as_ref().filter(|network| s.fleet.network(network).is_none()) {
+                return range(format!("an expectation names network {unknown}, which does not exist"));
+            }
+        }
         for f in &s.faults {
             if f.at_s.is_some() == f.after_decision_s.is_some() {
                 return range("a fault needs at_s or after_decision_s, one of them".into());
@@ -240,16 +340,17 @@ impl Scenario {
 
     /// The number of requests to expect, from above: every line at its full rate for as long as it lasts.
     fn requests_at_most(&self) -> f64 {
-        let steady: f64 = self.demand.iter().map(|d| d.requests_per_s).sum();
+        // Whole days ask their mean, the rest of one at most its peak.
+        let (days, rest) = (f64::from(self.length_s / DAY_S * DAY_S), f64::from(self.length_s % DAY_S));
+        let steady: f64 = self.demand.iter().map(|d| d.requests_per_s * days + d.peak() * rest).sum();
         let crowds: f64 =
             self.crowds.iter().map(|c| c.requests_per_s * f64::from(c.end_s.saturating_sub(c.onset_s))).sum();
-        steady * f64::from(self.length_s) + crowds
+        steady + crowds
     }
 
     /// A rate that [`Scenario::rate`] never exceeds.
     pub fn peak_rate(&self, service: &ServiceId, region: &RegionId) -> f64 {
-        let steady =
-            self.demand.iter().filter(|d| d.service == *service && d.region == *region).map(|d| d.requests_per_s);
+        let steady = self.demand.iter().filter(|d| d.service == *service && d.region == *region).map(Demand::peak);
         let crowds =
             self.crowds.iter().filter(|c| c.service == *service && c.region == *region).map(|c| c.requests_per_s);
         steady.chain(crowds).sum()
@@ -258,7 +359,7 @@ impl Scenario {
     /// Requests a second that `region` makes of `service` at `second` (from the start).
     pub fn rate(&self, service: &ServiceId, region: &RegionId, second: f64) -> f64 {
         let steady: f64 =
-            self.demand.iter().filter(|d| d.service == *service && d.region == *region).map(|d| d.requests_per_s).sum();
+            self.demand.iter().filter(|d| d.service == *service && d.region == *region).map(|d| d.rate(second)).sum();
         let crowd: f64 = self
             .crowds
             .iter()
@@ -273,6 +374,19 @@ impl Scenario {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hours_bend_a_rate_and_keep_its_mean() {
+        let mut hours = vec![0.0; 24];
+        hours[6..18].fill(3.0);
+        let (service, region) = ("maps".parse().unwrap(), "seoul".parse().unwrap());
+        let d = Demand { service, region, requests_per_s: 2.0, hours };
+        assert_eq!([d.rate(3600.0 * 12.0), d.rate(3600.0), d.peak()], [4.0, 0.0, 4.0]);
+        // Half way between the middles of two hours it is half way between their rates, and each day is alike.
+        assert_eq!([d.rate(3600.0 * 6.0), d.rate(3600.0 * 54.0)], [2.0, 2.0]);
+        let mean = (0..86_400).map(|s| d.rate(f64::from(s))).sum::<f64>() / 86_400.0;
+        assert!((mean - 2.0).abs() < 1e-9, "{mean}");
+    }
 
     #[test]
     fn the_library_can_be_read() {

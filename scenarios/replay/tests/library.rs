@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use vmatrix_scenarios_replay::recording::Recording;
 use vmatrix_scenarios_replay::report::{self, Report};
 use vmatrix_scenarios_replay::scenario::Scenario;
-use vmatrix_scenarios_replay::{replay, timeline};
+use vmatrix_scenarios_replay::{expect, replay, timeline};
 
 fn library() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../library")
@@ -28,6 +28,13 @@ fn played(name: &str) -> (Scenario, Recording, Report) {
 
 /// Plays a scenario, compares its timeline with the golden one, and checks what holds for each.
 fn check(name: &str) -> Report {
+    let (recording, report) = as_expected(name);
+    holds(name, &recording, &report);
+    report
+}
+
+/// Plays a scenario, compares its timeline with the golden one, and checks what it expects.
+fn as_expected(name: &str) -> (Recording, Report) {
     let (scenario, recording, report) = played(name);
     let told = timeline(&scenario, &recording);
     let golden = library().join(format!("{name}.golden.txt"));
@@ -41,8 +48,8 @@ fn check(name: &str) -> Report {
         "{name} went otherwise than {}, first at line {differs:?}:\n\n{told}\n\nhint: if that is right, run again with UPDATE=1",
         golden.display()
     );
-    holds(name, &recording, &report);
-    report
+    assert_eq!(expect::broken(&scenario.expected, &report), Vec::<String>::new(), "{name}");
+    (recording, report)
 }
 
 /// What must hold however chance falls.
@@ -87,6 +94,62 @@ fn a_singleton_is_moved_by_orders_under_its_users_and_is_in_one_network_at_a_tim
     let woken = |m: &&report::MoveReport| m.action.starts_with("resume");
     let networks: Vec<&str> = report.moves.iter().filter(woken).map(|m| m.network.as_str()).collect();
     assert_eq!(networks, ["dublin", "tokyo", "ashburn"]);
+}
+
+#[test]
+fn a_working_day_is_followed_from_the_second_day_on_before_anybody_asks() {
+    let (recording, report) = as_expected("following-the-sun");
+    // Once the day is known, who comes to stay comes by plan.
+    let second_day = report.moves.iter().filter(|m| m.at_s > 87_600.0 && m.cause == "epoch");
+    let resumed: Vec<&str> =
+        second_day.filter(|m| m.action.starts_with("resume")).map(|m| m.network.as_str()).collect();
+    assert!(resumed.contains(&"dublin") && resumed.len() <= 4, "{resumed:?}");
+    let ahead =
+        recording.decisions.iter().filter(|d| d.plan.moves.iter().any(|m| m.reason.starts_with("the day ahead")));
+    assert!(ahead.count() >= 1, "the day ahead was never looked at");
+}
+
+#[test]
+fn a_service_goes_where_the_hour_is_cheap() {
+    let (_, report) = as_expected("price-flips");
+    assert!(report.moves.iter().all(|m| m.cause == "epoch"), "{:?}", report.moves);
+}
+
+#[test]
+fn ten_times_as_much_within_a_minute_is_a_crowd() {
+    let report = check("ten-times-in-a-minute");
+    assert_eq!(report.moves[0].cause, "burst");
+}
+
+#[test]
+fn what_swells_slowly_is_served_nearby_without_a_crowd_being_called() {
+    let (_, report) = as_expected("slow-swell");
+    assert!(!report.moves.is_empty());
+}
+
+#[test]
+fn a_network_that_is_lost_under_a_crowd_is_left() {
+    as_expected("network-lost");
+}
+
+#[test]
+fn a_front_end_whose_back_end_is_far_stays_with_it() {
+    check("back-end-far");
+}
+
+#[test]
+fn resolvers_that_keep_old_answers_are_served() {
+    check("ttl-clamped");
+}
+
+#[test]
+fn where_there_is_room_for_one_the_other_stays_at_home() {
+    as_expected("pool-exhausted");
+}
+
+#[test]
+fn two_services_whose_hours_do_not_meet_share_a_pool() {
+    as_expected("stock-and-sport");
 }
 
 #[test]

@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, broadcast, watch};
 use tokio::task::JoinSet;
@@ -42,6 +43,9 @@ const CONNECTIONS_MAX: usize = 1024;
 const PER_PEER_MAX: usize = 64;
 /// A peer that has not proved who it is by then is dropped.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
+/// How long a peer that was refused has to hear it, and how much of what it was saying is read meanwhile.
+const PARTING_MAX: Duration = Duration::from_secs(1);
+const PARTING_BYTES_MAX: u64 = 1 << 20;
 /// Reads from the store at once, of all connections.
 const READS_MAX: usize = 64;
 /// Opened images whose push is remembered.
@@ -215,10 +219,11 @@ impl Shared {
                 return;
             }
         };
-        let tls = match tokio::time::timeout(HANDSHAKE_MAX, self.acceptor.0.accept(tcp)).await {
+        let tls = match tokio::time::timeout(HANDSHAKE_MAX, self.acceptor.0.accept(tcp).into_fallible()).await {
             Ok(Ok(tls)) => tls,
-            Ok(Err(error)) => {
+            Ok(Err((error, tcp))) => {
                 tracing::warn!(%from, reason = tls::reason(&error), "a peer was refused");
+                let _ = tokio::time::timeout(PARTING_MAX, part(tcp)).await;
                 return;
             }
             Err(_) => {
@@ -245,6 +250,14 @@ impl Shared {
     fn holders(&self) -> MutexGuard<'_, Holders> {
         lock(&self.holders)
     }
+}
+
+/// Ends a connection so that its last words, why it was refused, arrive: closing it with bytes unread would reset it,
+/// and a peer that is reset hears nothing.
+async fn part(mut tcp: TcpStream) -> std::io::Result<()> {
+    tcp.shutdown().await?;
+    tokio::io::copy(&mut tcp.take(PARTING_BYTES_MAX), &mut tokio::io::sink()).await?;
+    Ok(())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -61,6 +61,19 @@ pub fn improve(problem: &Problem, plan: &mut Plan, order: &[usize], sweeps: usiz
     changed
 }
 
+/// What plans would cost that differ from this one by another way of one network.
+pub fn otherwise(problem: &Problem, plan: &Plan, ways: &[(usize, Vec<State>)]) -> Vec<i64> {
+    let served = Served::of(problem, &plan.states);
+    let mut saves = vec![0_i64; problem.steps];
+    let one = |(network, way): &(usize, Vec<State>)| {
+        let own = plan.states.get(network * problem.steps..(network + 1) * problem.steps).unwrap_or_default();
+        served.saves(problem, *network, own, &mut saves);
+        let (from, stages) = (problem.before(*network), problem.stages_of(*network));
+        plan.cost - price(from, stages, &saves, own) + price(from, stages, &saves, way)
+    };
+    ways.iter().map(one).collect()
+}
+
 impl Served {
     pub(super) fn of(problem: &Problem, states: &[State]) -> Served {
         let size = problem.steps * problem.clusters;

@@ -18,6 +18,7 @@
 use super::descent::Served;
 use super::outlook::Outlook;
 use super::{Plan, Problem, Stage, State, dual, improve};
+use serde::{Deserialize, Serialize};
 
 /// Sweeps until a plan is taken as it is: descent ends by itself after three or four.
 const SWEEPS: usize = 8;
@@ -34,16 +35,18 @@ pub struct Requests {
     pub unserved: u32,
 }
 
-/// What networks cost at which time.
+/// What a service's requests cost, and networks at which time.
 pub trait Prices {
+    /// What requests cost.
+    fn requests(&self) -> &Requests;
+
     /// What a network costs in `epochs` epochs that begin with `epoch`.
     fn stage(&self, network: usize, epoch: usize, epochs: usize) -> Stage;
 }
 
 /// Plans one service over and over.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Planner {
-    requests: Requests,
     /// Lengths of the steps that are planned, in epochs: fine at first, for that is what will be done.
     lengths: Vec<usize>,
     outlook: Outlook,
@@ -62,16 +65,16 @@ pub struct Planner {
 }
 
 impl Planner {
-    /// A planner that has heard nothing; `day` epochs are a day, and so many `rounds` are spent on the dual at each look.
-    pub fn new(requests: Requests, day: usize, from: Vec<State>, rounds: usize) -> Planner {
+    /// A planner of so many client clusters that has heard nothing and begins with `epoch`; `day` epochs are a day, and so
+    /// many `rounds` are spent on the dual at each look.
+    pub fn new(clusters: usize, day: usize, epoch: usize, from: Vec<State>, rounds: usize) -> Planner {
         let hour = (day / 24).max(1);
         // A day: an hour by epochs, five hours, three times two, three times four.
         let lengths = std::iter::repeat_n(1, hour).chain([hour; 5]).chain([2 * hour; 3]).chain([4 * hour; 3]).collect();
         Planner {
-            outlook: Outlook::new(requests.clusters, day),
-            requests,
+            outlook: Outlook::new(clusters, day),
             lengths,
-            epoch: 0,
+            epoch,
             missed: vec![0; from.len()],
             idle: vec![0; from.len()],
             states: from,
@@ -81,6 +84,16 @@ impl Planner {
             pays: Vec::new(),
             rounds,
         }
+    }
+
+    /// The epoch that is to be heard of next, or to be decided about.
+    pub fn epoch(&self) -> usize {
+        self.epoch
+    }
+
+    /// Whether a whole day was heard, so that there is something to foresee.
+    pub fn knows(&self) -> bool {
+        self.outlook.knows()
     }
 
     /// What each network has.
@@ -102,7 +115,7 @@ impl Planner {
     pub fn hear(&mut self, demand: &[u32], networks: &dyn Prices) {
         self.outlook.hear(demand);
         let stages: Vec<Stage> = (0..self.states.len()).map(|n| networks.stage(n, self.epoch, 1)).collect();
-        let problem = self.requests.problem(1, demand, &stages, &self.states);
+        let problem = networks.requests().problem(1, demand, &stages, &self.states);
         let served = Served::of(&problem, &self.states);
         let without: Vec<State> = self
             .states
@@ -135,16 +148,24 @@ impl Planner {
     /// Decides what each network has in the epoch that begins. `demand` is what is expected, as [`Planner::forecast`] has
     /// it; `full` looks at every network, else at those that have the image and those that came near to paying.
     pub fn decide(&mut self, demand: &[u32], networks: &dyn Prices, full: bool) -> &[State] {
+        let choice = self.choose(demand, networks, full);
+        let states = self.wanted(&choice, networks);
+        self.see(&states);
+        &self.states
+    }
+
+    /// The cheapest plan from here, of which nothing is done yet.
+    pub fn choose(&mut self, demand: &[u32], networks: &dyn Prices, full: bool) -> Choice {
         let (count, steps) = (self.states.len(), self.lengths.len());
         let stages = self.window(networks);
         let pays = std::mem::take(&mut self.pays);
         let mut pays: Vec<f32> = if pays.is_empty() {
             pays
         } else {
-            let (later, row) = (self.later(1), self.requests.clusters);
+            let (later, row) = (self.later(1), networks.requests().clusters);
             later.iter().flat_map(|step| pays[step * row..(step + 1) * row].to_vec()).collect()
         };
-        let problem = self.requests.problem(steps, demand, &stages, &self.states);
+        let problem = networks.requests().problem(steps, demand, &stages, &self.states);
         let full = full || self.near.is_empty();
         let order: Vec<usize> = if full { (0..count).collect() } else { self.near.clone() };
         let planned = |states: Vec<State>| {
@@ -152,7 +173,7 @@ impl Planner {
             improve(&problem, &mut plan, &order, SWEEPS);
             plan
         };
-        let mut best = planned(self.states.iter().flat_map(|s| std::iter::repeat_n(*s, steps)).collect());
+        let mut best = planned(self.staying());
         if !self.plan.is_empty() {
             let warm = planned(self.shifted());
             best = if warm.cost < best.cost { warm } else { best };
@@ -164,10 +185,13 @@ impl Planner {
             best = exchange(&problem, best, &self.near, &mut pays, self.rounds);
         }
         self.pays = pays;
-        let states: Vec<State> = best.states.iter().step_by(steps).copied().collect();
-        self.plan = best.states;
-        self.adopt(states, networks);
-        &self.states
+        self.plan.clone_from(&best.states);
+        Choice { plan: best, stages, demand: demand.to_vec(), from: self.states.clone() }
+    }
+
+    /// Every network as it is, in every step.
+    pub fn staying(&self) -> Vec<State> {
+        self.states.iter().flat_map(|s| std::iter::repeat_n(*s, self.lengths.len())).collect()
     }
 
     /// Stages of the window: what an image that is there costs is counted elsewhere, and what was missed is paid.
@@ -190,17 +214,36 @@ impl Planner {
         stages
     }
 
-    /// Takes over what was decided, and lets go of images that have cost as much as to bring them again.
-    fn adopt(&mut self, states: Vec<State>, networks: &dyn Prices) {
-        for (network, to) in states.into_iter().enumerate() {
-            let has = &mut self.states[network];
-            let dear = self.idle[network] >= networks.stage(network, self.epoch, 1).ship;
-            if *has == State::Absent && to != State::Absent {
+    /// What each network is to have now: the first step of the plan, without images that have cost as much unused as
+    /// bringing them again.
+    pub fn wanted(&self, choice: &Choice, networks: &dyn Prices) -> Vec<State> {
+        let first = choice.plan.states.iter().step_by(self.lengths.len().max(1));
+        let each = first.enumerate().map(|(network, to)| {
+            let dear = self.idle[network] > networks.stage(network, self.epoch, 1).ship;
+            let idle = *to == State::Dormant && self.states[network] == State::Dormant;
+            if idle && dear { State::Absent } else { *to }
+        });
+        each.collect()
+    }
+
+    /// Takes note of what each network has, whoever had it brought there.
+    pub fn see(&mut self, states: &[State]) {
+        for (network, (has, is)) in self.states.iter_mut().zip(states).enumerate() {
+            if *has == State::Absent && *is != State::Absent {
                 self.missed[network] = 0;
                 self.came.push(network);
             }
-            *has = if to == State::Dormant && *has == State::Dormant && dear { State::Absent } else { to };
+            *has = *is;
         }
+    }
+
+    /// Lets epochs pass of which nothing was heard.
+    pub fn skip(&mut self, epochs: usize) {
+        self.outlook.skip(epochs);
+        self.epoch += epochs;
+        self.came.clear();
+        self.plan.clear();
+        self.pays.clear();
     }
 
     /// The last plan, an epoch later.
@@ -227,6 +270,23 @@ impl Planner {
             step
         };
         self.lengths.iter().map(was_in).collect()
+    }
+}
+
+/// A plan for the window, and what it was made of.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    pub plan: Plan,
+    stages: Vec<Stage>,
+    demand: Vec<u32>,
+    from: Vec<State>,
+}
+
+impl Choice {
+    /// What the plan is a plan of.
+    pub fn problem<'a>(&'a self, requests: &'a Requests) -> Problem<'a> {
+        let steps = self.stages.len() / self.from.len().max(1);
+        requests.problem(steps, &self.demand, &self.stages, &self.from)
     }
 }
 

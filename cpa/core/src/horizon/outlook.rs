@@ -12,6 +12,8 @@
 //!
 //! Nothing but sums, products and quotients of doubles in a fixed order: the same on every machine.
 
+use serde::{Deserialize, Serialize};
+
 /// Weight of the newest day in what is usual: three days count, as many as the noise of a day's shape needs and few
 /// enough that a weekend is forgotten by Wednesday.
 const DAY_WEIGHT: f64 = 1.0 / 3.0;
@@ -30,7 +32,7 @@ const LEFT: [f64; 6] = [0.7, 0.5, 0.25, 0.06, 0.0, 0.0];
 const LEARN_WEIGHT: f64 = 1.0 / 7.0;
 
 /// Forecasts of one service.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Outlook {
     clusters: usize,
     /// Epochs a day, and an hour.
@@ -92,6 +94,27 @@ impl Outlook {
         }
     }
 
+    /// Lets epochs pass of which nothing was heard: the usual is taken to have been asked. Before a whole day was heard
+    /// it begins again, for a day with a hole in it is not one.
+    pub fn skip(&mut self, epochs: usize) {
+        if !self.knows() {
+            *self = Outlook::new(self.clusters, self.day);
+            return;
+        }
+        for slot in (self.heard..).take(epochs.min(self.day)).map(|heard| heard % self.day) {
+            let usual: f64 = self.usual[slot * self.clusters..(slot + 1) * self.clusters].iter().sum();
+            (self.asked[slot], self.expected[slot]) = (usual, usual);
+        }
+        self.now.fill((0.0, 0.0));
+        self.odd.fill((0.0, 0.0));
+        self.heard += epochs;
+    }
+
+    /// Whether a whole day was heard.
+    pub fn knows(&self) -> bool {
+        self.heard >= self.day
+    }
+
     /// Compares how unusual clusters are with how unusual they were some hours ago.
     fn learn(&mut self) {
         let (level, of_all) = self.levels();
@@ -147,7 +170,7 @@ impl Outlook {
     pub fn forecast(&self, lengths: &[usize], into: &mut Vec<u32>) {
         into.clear();
         let (level, of_all) = self.levels();
-        let young = self.heard < self.day;
+        let young = !self.knows();
         let odd: Vec<f64> = self.now.iter().map(|now| self.own(*now, level, of_all) - 1.0).collect();
         let mut begins = 0;
         for length in lengths {

@@ -6,8 +6,11 @@
 //!  pays nothing      pays storage     pays machine and storage, saves what its clients pay elsewhere
 //! ```
 
+use serde::{Deserialize, Serialize};
+
 /// What a network has of a service.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum State {
     #[default]
     Absent,

@@ -118,11 +118,15 @@ proptest! {
 }
 
 /// Prices that are the same at all times.
-struct Flat(Vec<Stage>);
+struct Flat(Requests, Vec<Stage>);
 
 impl Prices for Flat {
+    fn requests(&self) -> &Requests {
+        &self.0
+    }
+
     fn stage(&self, network: usize, _: usize, epochs: usize) -> Stage {
-        let s = self.0[network];
+        let s = self.1[network];
         Stage { dormant: s.dormant * epochs as i64, active: s.active * epochs as i64, ..s }
     }
 }
@@ -133,8 +137,8 @@ proptest! {
     #[test]
     fn constant_demand_comes_to_rest_and_nobody_is_left_unserved(w in world(5, 4, 1), rounds in 0..8usize) {
         let requests = Requests { clusters: w.clusters, prices: w.prices.clone(), unserved: 1_000_000 };
-        let networks = Flat(w.stages.clone());
-        let mut planner = Planner::new(requests, 24, w.from.clone(), rounds);
+        let networks = Flat(requests, w.stages.clone());
+        let mut planner = Planner::new(w.clusters, 24, 0, w.from.clone(), rounds);
         let mut demand = vec![];
         let mut seen = vec![];
         for _ in 0..24 * 4 {
@@ -146,8 +150,11 @@ proptest! {
         let active = |states: &[State]| -> Vec<usize> {
             (0..states.len()).filter(|n| states[*n] == State::Active).collect()
         };
-        // Nobody moves in the last day.
-        prop_assert!(seen[24 * 3..].iter().all(|states| active(states) == active(last)), "{seen:?}");
+        // Nobody goes to and fro in the last day. What was missed without an image may buy it as late as then, once.
+        for network in 0..w.networks {
+            let runs = seen[24 * 3..].chunk_by(|a, b| (a[network] == State::Active) == (b[network] == State::Active));
+            prop_assert!(runs.count() <= 2, "network {network}: {seen:?}");
+        }
         for cluster in (0..w.clusters).filter(|c| w.demand[*c] > 0) {
             let reach = |n: &usize| w.prices[n * w.clusters + cluster] != super::UNREACHED;
             if (0..w.networks).any(|n| reach(&n)) {

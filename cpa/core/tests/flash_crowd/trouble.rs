@@ -190,3 +190,18 @@ fn a_memory_of_an_earlier_version_is_taken_over() {
         assert!(serde_json::from_value::<Memory>(without).is_err(), "without {missing} it would begin afresh");
     }
 }
+
+#[test]
+fn a_crowd_that_nobody_can_help_is_told_why() {
+    let mut fleet = fleet();
+    fleet.networks.iter_mut().filter(|n| n.name != network("ashburn")).for_each(|n| n.machine_memory_mib = 256);
+    let mut w = World::of(fleet, 1).with_crowd("seoul", 25, 95);
+    w.until(60);
+    assert_eq!(w.running("maps"), ["ashburn"]);
+    let lines = w.cpa.explain(w.now, &service("maps")).unwrap().lines.join("\n");
+    assert!(
+        lines.contains("not at tokyo: tokyo would need 512 MiB of memory and its machines lend 256 MiB"),
+        "{lines}"
+    );
+    assert_eq!(w.failed, 0);
+}

@@ -85,6 +85,8 @@ pub struct World {
     pub failed: u64,
     pub demand: Vec<(&'static str, &'static str, f64)>,
     pub crowd: Option<(&'static str, u64, u64)>,
+    /// A region that asks by day: nothing at midnight, twice its rate at noon.
+    pub daily: Option<&'static str>,
     pub said: Vec<String>,
 }
 
@@ -127,6 +129,7 @@ impl World {
             failed: 0,
             demand,
             crowd: None,
+            daily: None,
             said: vec![],
         }
     }
@@ -246,6 +249,8 @@ impl World {
     pub fn rate(&self, s: &str, r: &str) -> f64 {
         let steady: f64 = self.demand.iter().filter(|d| d.0 == s && d.1 == r).map(|d| d.2).sum();
         let second = self.now.0 as f64 / 1e6;
+        let of_day = 1.0 - (std::f64::consts::TAU * second / 86_400.0).cos();
+        let steady = if self.daily == Some(r) { steady * of_day } else { steady };
         let crowd = self.crowd.filter(|c| s == "maps" && c.0 == r && second >= c.1 as f64 && second < c.2 as f64);
         steady + crowd.map_or(0.0, |c| 4.0 * ((second - c.1 as f64) / 2.0).min(1.0))
     }

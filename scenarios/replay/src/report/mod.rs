@@ -21,10 +21,12 @@
 //! ones, so that the same recording gives the same bytes. What does not apply is `null`.
 
 mod chart;
+mod cost;
 pub(crate) mod crowd;
 mod html;
 mod table;
 
+pub use cost::{Cost, cost};
 pub use html::html;
 
 use crate::recording::{Ports, Recording, Request};
@@ -47,6 +49,8 @@ pub struct Report {
     /// Image bytes that crossed the WAN.
     pub bytes_moved: u64,
     pub returned_to_dormant: bool,
+    /// What it cost, millionths of a dollar.
+    pub cost: Cost,
     /// The first crowd, if the scenario has one.
     pub crowd: Option<CrowdReport>,
     pub two_tier: TwoTier,
@@ -127,6 +131,7 @@ pub fn summarise(scenario: &Scenario, recording: &Recording) -> Report {
         relocations: relocations(recording),
         bytes_moved: recording.bytes_moved.0,
         returned_to_dormant: recording.returned_to_dormant,
+        cost: cost(scenario, recording, None),
         crowd: scenario.crowds.first().map(|c| crowd::meet(scenario, recording, c)),
         two_tier: TwoTier {
             writes: recording.writes,

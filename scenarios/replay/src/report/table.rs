@@ -1,6 +1,6 @@
 //! The report for a terminal: plain text, no color.
 
-use super::Report;
+use super::{Cost, Report};
 use crate::recording::Ports;
 use std::fmt;
 
@@ -16,6 +16,9 @@ impl fmt::Display for Report {
         writeln!(out, "  {:<28}{}", "relocations", r.relocations)?;
         writeln!(out, "  {:<28}{}", "image bytes moved", vmatrix_model::Bytes(r.bytes_moved))?;
         writeln!(out, "  {:<28}{}", "dormant again at the end", if r.returned_to_dormant { "yes" } else { "NO" })?;
+        let Cost { latency, instances, traffic, images } = r.cost;
+        writeln!(out, "  {:<28}{}", "cost", r.cost.total())?;
+        writeln!(out, "    latency {latency}, instances {instances}, traffic {traffic}, images {images}")?;
         if let Some(c) = &r.crowd {
             writeln!(out, "\ncrowd in {} for {}\n", c.region, c.service)?;
             writeln!(out, "  {:<28}{}", "onset to decision", within(c.onset_to_decision_s))?;

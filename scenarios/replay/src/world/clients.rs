@@ -110,7 +110,8 @@ impl World {
                 self.record.empty_answer(network, &key.1);
                 continue;
             };
-            self.between.cache.insert(key, (vip, self.now + waited + Span::secs(u64::from(ttl_s))));
+            let kept = Span::secs(u64::from(ttl_s.max(self.scenario.resolver_ttl_s)));
+            self.between.cache.insert(key, (vip, self.now + waited + kept));
             return self.send(id, vip, waited);
         }
         if attempt >= RESOLVES_MAX {

@@ -9,7 +9,7 @@
 use super::machine::Begun;
 use super::{Happening, NEAR, Site, ToCpa, World};
 use std::collections::BTreeMap;
-use vmatrix_cpa_core::{Command as CpaCommand, Cpa, Event as CpaEvent, Memory};
+use vmatrix_cpa_core::{Command as CpaCommand, Cpa, Event as CpaEvent, Memory, Policy};
 use vmatrix_model::assignment::Assignment;
 use vmatrix_model::edge_config::EdgeConfig;
 use vmatrix_model::fleet::{Fleet, Service};
@@ -31,6 +31,8 @@ const EDGE_REPORT: Span = Span::secs(1);
 
 /// The CPA and its state directory.
 pub struct CpaDaemon {
+    /// By what it places services, in every run.
+    pub policy: Policy,
     /// None while it is dead.
     pub core: Option<Cpa>,
     /// What its journal gives back: everything it heard and did, for a line is written before it counts.
@@ -42,9 +44,10 @@ pub struct CpaDaemon {
 }
 
 impl CpaDaemon {
-    pub fn new(fleet: &Fleet) -> CpaDaemon {
+    pub fn new(fleet: &Fleet, policy: Policy) -> CpaDaemon {
         CpaDaemon {
-            core: Some(Cpa::new(fleet.clone(), BTreeMap::new())),
+            core: Some(Cpa::new(fleet.clone(), BTreeMap::new()).under(policy)),
+            policy,
             written: Memory::default(),
             assignments: BTreeMap::new(),
             answers: None,

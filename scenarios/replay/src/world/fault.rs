@@ -55,7 +55,7 @@ impl World {
         self.record.fault(self.now, "restart", &name(&fault));
         match (&fault.kill, &fault.network) {
             (Daemon::Cpa, _) if self.cpa.core.is_none() => {
-                self.cpa.core = Some(Cpa::new(self.scenario.fleet.clone(), BTreeMap::new()));
+                self.cpa.core = Some(Cpa::new(self.scenario.fleet.clone(), BTreeMap::new()).under(self.cpa.policy));
                 let memory = self.cpa.written.clone();
                 self.feed_cpa(CpaEvent::Restored(Box::new(memory)));
             }

@@ -26,6 +26,7 @@ mod record;
 mod transfers;
 
 use crate::arrivals::{Arrival, arrivals};
+use crate::policy::Policy;
 use crate::recording::Recording;
 use crate::scenario::Scenario;
 use clients::{Asked, Between};
@@ -56,9 +57,13 @@ const NEAR: Span = Span::ms(1);
 
 /// Replays `scenario` in virtual time, with another seed if one is given.
 pub fn replay(scenario: &Scenario, seed: Option<u64>) -> Recording {
-    let mut scenario = scenario.clone();
-    scenario.seed = seed.unwrap_or(scenario.seed);
-    let mut world = World::new(scenario);
+    let seed = seed.unwrap_or(scenario.seed);
+    replay_under(Policy::default(), &Scenario { seed, ..scenario.clone() })
+}
+
+/// Replays `scenario` in virtual time, its services placed by some policy.
+pub fn replay_under(policy: Policy, scenario: &Scenario) -> Recording {
+    let mut world = World::new(policy.applied(scenario.clone()), policy);
     world.run();
     world.finish()
 }
@@ -166,7 +171,7 @@ struct World {
 }
 
 impl World {
-    fn new(scenario: Scenario) -> World {
+    fn new(scenario: Scenario, policy: Policy) -> World {
         let fleet = &scenario.fleet;
         let origin = &fleet.origin.name;
         let sites = fleet.networks.iter().map(|n| {
@@ -185,7 +190,7 @@ impl World {
         World {
             now: Time(0),
             queue: Queue::new(),
-            cpa: CpaDaemon::new(fleet),
+            cpa: CpaDaemon::new(fleet, policy.of_the_cpa()),
             sites: sites.collect(),
             origin_up: true,
             began: None,

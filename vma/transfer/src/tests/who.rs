@@ -75,7 +75,11 @@ async fn connect(fleet: &Fleet, alpn: &[u8], versions: &[&'static rustls::Suppor
         Err(error) => return crate::tls::reason(&error),
     };
     let ping = crate::frame::Request::Ping { token: 1 }.encode();
-    let _ = tls.write_all(&ping).await;
+    // Who is refused hears why, though it went on talking meanwhile: it is not cut off.
+    for _ in 0..50 {
+        tls.write_all(&ping).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     let mut answer = Vec::new();
     match tls.read_to_end(&mut answer).await {
         Ok(_) => format!("answered {answer:?}"),
