@@ -241,12 +241,14 @@ impl Cpa {
         self.sized(now, service, &active, wanted)
     }
 
-    /// Shares of a service that is active in these networks, with as many instances as are asked for there now; images
-    /// lie where they are wanted.
+    /// Shares of a service that is active in these networks; images lie where they are wanted. Where nothing but numbers
+    /// of instances would change they stay, for the hour's prices decide them; else there are no fewer than were.
     fn sized(&self, now: Time, service: &Service, active: &BTreeSet<NetworkId>, wanted: &[State]) -> Shares {
+        let present = running(&self.aim(&service.name));
+        let size = if present.keys().eq(active) { Size::Given(&present) } else { Size::AtLeast(&present) };
         let rates = self.rates(&service.name);
         let case = self.case(service, Rule::Fastest, &rates, now);
-        let mut shares = solve::shares(&self.fleet, &solve::price(case, active, Size::ByLoad).shares);
+        let mut shares = solve::shares(&self.fleet, &solve::price(case, active, size).shares);
         for (network, state) in self.fleet.networks.iter().zip(wanted) {
             if *state == State::Absent && shares.get(&network.name) == Some(&Share::Dormant) {
                 shares.remove(&network.name);
@@ -272,7 +274,6 @@ impl Cpa {
         let (before, after) = (world.split(choice, staying), world.split(choice, &choice.plan.states));
         let mut not = vec![];
         let mut words = vec![];
-        let mut second: Option<(MicroUsd, String)> = None;
         for (n, network) in self.fleet.networks.iter().enumerate() {
             let (name, more) = (&network.name, world.without(choice, n));
             let (had, has) = (sets[0].contains(name), sets[1].contains(name));
@@ -286,12 +287,10 @@ impl Cpa {
                     continue;
                 }
             };
-            if second.as_ref().is_none_or(|(least, _)| more < *least) {
-                second = Some((more, said.clone()));
-            }
             words.push((name.clone(), said));
         }
         if *target == aim {
+            // No move is worth making: the usual answer.
             return (None, not);
         }
         let mut reason = "the day ahead: ".to_owned();

@@ -63,3 +63,21 @@ fn by_the_hours_prices_alone_nothing_is_planned_ahead() {
     let ahead = w.adopted.iter().any(|(_, p)| p.moves.iter().any(|m| m.reason.starts_with("the day ahead")));
     assert!(!ahead && w.running("maps").contains(&"tokyo".to_owned()));
 }
+
+#[test]
+fn looking_ahead_leaves_numbers_of_instances_to_the_load() {
+    let mut fleet = crate::world::fleet();
+    fleet
+        .services
+        .iter_mut()
+        .filter(|s| s.name == service("maps"))
+        .for_each(|s| (s.instances_max, s.instance_rps) = (4, 1));
+    let mut w = World::of(fleet, 1);
+    // At the edge between one instance and two.
+    w.demand = vec![("maps", "new-york", 1.0), ("agenda", "new-york", 0.05)];
+    w.until(DAY + 3 * HOUR);
+    let since = |t: &vmatrix_model::Time| t.0 > (DAY + HOUR) * 1_000_000;
+    let moves = w.adopted.iter().filter(|(t, _)| since(t)).flat_map(|(_, p)| &p.moves);
+    let ahead: Vec<_> = moves.filter(|m| m.reason.starts_with("the day ahead")).collect();
+    assert!(ahead.is_empty(), "{ahead:#?}");
+}
