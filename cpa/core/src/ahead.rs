@@ -327,9 +327,9 @@ struct World<'a> {
     /// Parts of a request's price, in units: its latency is the rest.
     traffic: Vec<i64>,
     instances: Vec<i64>,
-    /// Bringing what is missing of the image, and a resume until the clients have heard of it, in units.
+    /// Bringing what is missing of the image, in units.
     ship: Vec<i64>,
-    /// A resume runs for so long before it serves.
+    /// A resume runs for so long before its clients have heard of it.
     ready: Vec<Span>,
     /// Why a network cannot be entered at any price.
     barred: Vec<Option<String>>,
@@ -520,16 +520,20 @@ pub struct Bounds {
 }
 
 /// Bounds of what a service costs that is asked `demand[step * regions + region]` in steps of this length, beginning at
-/// home with its image everywhere. Counted are latency, instances, storage and bytes by [`crate::cost`]; instances beyond
-/// a network's first are left out, so that the lower bound holds whatever fits on a machine.
+/// home with its image everywhere. Counted are latency, instances that serve and bytes by [`crate::cost`]: what a play is
+/// charged for. Resumes under way, storage and instances beyond a network's first are left out, so that the lower bound
+/// holds of any play.
 pub fn bounds(fleet: &Fleet, service: &Service, step: Span, demand: &[u32], rounds: usize) -> Bounds {
     let cpa = Cpa::new(fleet.clone(), std::collections::BTreeMap::new());
     let world = World::with(&cpa, service, step, 0, vec![None; fleet.networks.len()]);
     let steps = demand.len() / fleet.regions.len().max(1);
     let has = |n: &Network| if n.name == service.home { State::Active } else { State::Dormant };
     let from: Vec<State> = fleet.networks.iter().map(has).collect();
-    let stages: Vec<Stage> =
-        (0..from.len()).flat_map(|n| (0..steps).map(move |s| (n, s))).map(|(n, s)| world.stage(n, s, 1)).collect();
+    let charged = |(n, s)| {
+        let stage = world.stage(n, s, 1);
+        Stage { active: stage.active - stage.dormant, dormant: 0, resume: 0, ..stage }
+    };
+    let stages: Vec<Stage> = (0..from.len()).flat_map(|n| (0..steps).map(move |s| (n, s))).map(charged).collect();
     let problem = world.requests.problem(steps, demand, &stages, &from);
     let states: Vec<State> = from.iter().flat_map(|s| std::iter::repeat_n(*s, steps)).collect();
     let mut plan = crate::horizon::Plan { cost: problem.cost(&states), states };
@@ -593,7 +597,11 @@ mod tests {
         let service = &fleet.services[0];
         // Seoul, the third region, asks twelve hours of twenty-four.
         let demand: Vec<u32> = (0..DAY).flat_map(|e| [20, 10, if e < 72 { 2_000 } else { 0 }, 5]).collect();
-        let bounds = bounds(&fleet, service, EPOCH, &demand, 100);
+        let bounds = super::bounds(&fleet, service, EPOCH, &demand, 100);
+        // What no play is charged for is not in the bound either.
+        let mut stored = fleet.clone();
+        stored.networks.iter_mut().for_each(|n| n.storage_gb_hour_microusd = MicroUsd(1_000_000));
+        assert_eq!(super::bounds(&stored, &stored.services[0], EPOCH, &demand, 100), bounds);
         assert!(bounds.lower <= bounds.upper, "{bounds:?}");
         assert!(bounds.upper.0 - bounds.lower.0 <= bounds.upper.0 / 100, "{bounds:?}");
         let cpa = Cpa::new(fleet.clone(), std::collections::BTreeMap::new());
