@@ -13,9 +13,13 @@ use crate::world::{Link, World};
 use anyhow::bail;
 use std::time::{Duration, Instant};
 
-/// Slow enough that the emulator carries every link at its rate at the same time on one processor.
+/// Slow enough that the emulator carries every link at its rate at the same time on one processor; the more networks
+/// share it, the slower.
 const LINK: Link = Link { mbit: 8, rtt_us: 40_000 };
-/// Numbers of networks unless others are asked for; the single one is what they are compared to.
+const LINK_OF_MANY: Link = Link { mbit: 2, rtt_us: 40_000 };
+/// More networks than these are many.
+const FEW_MAX: usize = 12;
+/// Numbers of networks unless others are asked for; a single one over the same link is what they are compared to.
 pub const NETWORKS: [usize; 2] = [12, 48];
 /// As many as the lab's emulator has sites for, with the origin.
 const NETWORKS_MAX: usize = 200;
@@ -35,14 +39,15 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<Report> {
             "makespan: from the order to the last machine that has all of it; copies: bytes that left the origin over the stored bytes of the image".to_owned(),
         ],
     );
-    let link = if bench.options.quick { Link { mbit: 100, rtt_us: 20_000 } } else { LINK };
+    let link_of = |count| if bench.options.quick { Link { mbit: 100, rtt_us: 20_000 } } else { link(count) };
     let asked = if bench.options.quick { vec![3] } else { bench.scope.networks.clone() };
     if let Some(count) = asked.iter().find(|n| !(1..=NETWORKS_MAX).contains(*n)) {
         bail!("an image fans out to 1 to {NETWORKS_MAX} networks, not to {count}");
     }
-    let mut counts = vec![1];
-    counts.extend(asked.into_iter().filter(|n| *n != 1));
-    for count in counts.into_iter().filter(|n| bench.wants(&format!("tiny/vmatrix/{n}"))) {
+    let mut pairs: Vec<(usize, Link)> = asked.iter().flat_map(|n| [(1, link_of(*n)), (*n, link_of(*n))]).collect();
+    pairs.sort_by_key(|(count, link)| (std::cmp::Reverse(link.mbit), *count));
+    pairs.dedup();
+    for (count, link) in pairs.into_iter().filter(|(n, link)| bench.wants(&format!("tiny/vmatrix/{n}/{}", link.mbit))) {
         let mut runs = Vec::new();
         for run in 0..bench.runs() {
             let sample = once(bench, link, count)?;
@@ -64,27 +69,34 @@ pub fn measure(bench: &mut Bench) -> anyhow::Result<Report> {
     Ok(report)
 }
 
+/// The link over which so many networks are reached.
+fn link(count: usize) -> Link {
+    if count <= FEW_MAX { LINK } else { LINK_OF_MANY }
+}
+
 /// Every row of the whole form.
 pub fn plan() -> Vec<Key> {
-    let row = |count: usize| Key {
+    let row = |(count, link): (usize, Link)| Key {
         guest: "tiny".to_owned(),
         ram_mib: Kind::Plain.ram_mib(),
-        link_mbit: Some(LINK.mbit),
-        rtt_us: Some(LINK.rtt_us),
+        link_mbit: Some(link.mbit),
+        rtt_us: Some(link.rtt_us),
         mechanism: "vmatrix".to_owned(),
         of: Some(count.to_string()),
     };
-    std::iter::once(1).chain(NETWORKS).map(row).collect()
+    NETWORKS.into_iter().flat_map(|count| [(1, link(count)), (count, link(count))]).map(row).collect()
 }
 
 /// The goals, against what the rows have.
 pub fn goals(rows: &[Row]) -> Vec<Goal> {
-    let find = |count: usize| rows.iter().find(|r| r.number("networks") == Some(count as f64));
-    let single = find(1).and_then(|r| r.number("whole_ms_median"));
     let mut goals = Vec::new();
     for count in NETWORKS {
+        let find = |n: usize| {
+            let is_it = |r: &&Row| r.number("networks") == Some(n as f64) && r.link_mbit == Some(link(count).mbit);
+            rows.iter().find(is_it)
+        };
         let row = find(count);
-        let all = row.and_then(|r| r.number("whole_ms_median"));
+        let [all, single] = [row, find(1)].map(|r| r.and_then(|r| r.number("whole_ms_median")));
         let ratio = all.zip(single).map(|(all, one)| hundredth(all / one));
         goals.push(Goal::at_most(format!("{count} networks: makespan over a single transfer's"), MAKESPAN_MAX, ratio));
         let copies = row.and_then(|r| r.number("origin_copies_median"));

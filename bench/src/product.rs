@@ -196,7 +196,7 @@ impl<'a> Machine<'a> {
     /// # Errors
     /// It does not come within `limit`.
     pub fn stage_whole(&self, bench: &Bench, image: &str, limit: Duration) -> anyhow::Result<()> {
-        self.step(&Step::Stage { service: image.parse()?, image: image.to_owned() })?;
+        self.step(&Step::Stage { service: image.parse()?, image: image.to_owned(), urgent: false })?;
         self.until_whole(bench, image, limit)
     }
 

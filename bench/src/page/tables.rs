@@ -157,8 +157,9 @@ fn fanout(page: &mut String, rows: &[Row]) {
     page.push('\n');
     let heads =
         ["networks", "link Mbit/s, ms", "runs", "makespan s", "over a single one's", "origin's bytes over the image's"];
-    let single = rows.iter().find(|r| r.number("networks") == Some(1.0)).and_then(|r| r.number("whole_ms_median"));
     let measured = rows.iter().map(|row| {
+        let single = rows.iter().find(|r| r.number("networks") == Some(1.0) && r.link_mbit == row.link_mbit);
+        let single = single.and_then(|r| r.number("whole_ms_median"));
         let makespan = row.number("whole_ms_median");
         let runs: Vec<f64> = row.runs_ms().into_iter().map(|ms| ms / 1e3).collect();
         vec![

@@ -208,8 +208,8 @@ impl Machine {
             None => None,
         };
         let done = match &step {
-            Step::Stage { service: _, image } => {
-                self.stage(image);
+            Step::Stage { service: _, image, urgent } => {
+                self.stage(image, *urgent);
                 Ok(())
             }
             Step::DropImage { image } => self.drop_image(image).await,

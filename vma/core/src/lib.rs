@@ -279,7 +279,7 @@ impl Vma {
 
     /// One round: choose, withdraw, step.
     fn work(&mut self, now: Time, commands: &mut Vec<Command>) {
-        let chosen = wanted::choose(self);
+        let mut chosen = wanted::choose(self);
         self.drains.retain(|key, _| !chosen.keep.contains(key));
         let going: Vec<(MachineId, InstanceId)> = self
             .all_cells()
@@ -310,12 +310,7 @@ impl Vma {
             }
         }
         steps.extend(chosen.prepare.iter().map(|(m, spec)| (m.clone(), Step::Prepare(spec.clone()))));
-        steps.extend(
-            chosen
-                .stage
-                .iter()
-                .map(|(m, service, image)| (m.clone(), Step::Stage { service: service.clone(), image: image.clone() })),
-        );
+        steps.append(&mut chosen.stage);
         steps.extend(self.unwanted_images());
         self.refused = chosen.refused;
         for (machine, instance) in given_up {

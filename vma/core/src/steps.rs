@@ -44,7 +44,13 @@ pub enum Command {
 #[serde(tag = "step", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Step {
     /// Fetch the image, what a guest needs first first; done when begun, for it may take minutes: progress is seen.
-    Stage { service: ServiceId, image: String },
+    /// `urgent`: a guest waits for it. Otherwise machines that fetch it at the same time give it to each other.
+    Stage {
+        service: ServiceId,
+        image: String,
+        #[serde(default)]
+        urgent: bool,
+    },
     /// Remove a staged image.
     DropImage { image: String },
     /// Build the cell: namespace, bridge, rules and, where there are back ends, tunnel.

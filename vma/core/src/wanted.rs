@@ -17,7 +17,7 @@ use vmatrix_model::{InstanceId, MachineId, ServiceId};
 pub struct Chosen {
     pub keep: BTreeSet<(MachineId, InstanceId)>,
     pub prepare: Vec<(MachineId, CellSpec)>,
-    pub stage: Vec<(MachineId, ServiceId, String)>,
+    pub stage: Vec<(MachineId, Step)>,
     pub refused: BTreeMap<ServiceId, String>,
 }
 
@@ -45,7 +45,7 @@ pub fn choose(vma: &Vma) -> Chosen {
                     let machine = picked.machine;
                     take(&mut taken, &machine, share.memory_mib);
                     if picked.held != Held::Whole {
-                        want_staged(vma, &mut chosen, machine.clone(), service, share);
+                        want_staged(vma, &mut chosen, machine.clone(), service, share, true);
                     }
                     // What will not be taken there must be taken once more before anything is built for it.
                     if !picked.refuses {
@@ -64,13 +64,13 @@ pub fn choose(vma: &Vma) -> Chosen {
             chosen.keep.iter().filter(|(_, i)| i.service == *service).map(|(m, _)| m.clone()).collect();
         for machine in keepers {
             if vma.machines.get(&machine).is_some_and(|m| !m.is_silent() && !m.holds(&share.image)) {
-                want_staged(vma, &mut chosen, machine, service, share);
+                want_staged(vma, &mut chosen, machine, service, share, true);
             }
         }
         if share.instances == 0 && !vma.heard().any(|(_, m)| m.holds(&share.image)) {
             let dormant = ServiceShare { memory_mib: 0, ..share.clone() };
             match place(vma, &taken, &dormant) {
-                Ok(picked) => want_staged(vma, &mut chosen, picked.machine, service, share),
+                Ok(picked) => want_staged(vma, &mut chosen, picked.machine, service, share, false),
                 Err(why) => {
                     chosen.refused.insert(service.clone(), why);
                 }
@@ -98,11 +98,20 @@ pub fn spec(instance: InstanceId, share: &ServiceShare) -> CellSpec {
     }
 }
 
-fn want_staged(vma: &Vma, chosen: &mut Chosen, machine: MachineId, service: &ServiceId, share: &ServiceShare) {
+fn want_staged(
+    vma: &Vma,
+    chosen: &mut Chosen,
+    machine: MachineId,
+    service: &ServiceId,
+    share: &ServiceShare,
+    urgent: bool,
+) {
     let busy = vma.machines.get(&machine).and_then(|m| m.staged(&share.image)).is_some_and(|s| s.fetching);
-    let asked = chosen.stage.iter().any(|(m, _, image)| *m == machine && *image == share.image);
+    let is_it = |step: &Step| matches!(step, Step::Stage { image, .. } if *image == share.image);
+    let asked = chosen.stage.iter().any(|(m, step)| *m == machine && is_it(step));
     if !busy && !asked {
-        chosen.stage.push((machine, service.clone(), share.image.clone()));
+        let step = Step::Stage { service: service.clone(), image: share.image.clone(), urgent };
+        chosen.stage.push((machine, step));
     }
 }
 

@@ -88,6 +88,13 @@ pub struct Server {
 /// What an image and what is there already make to be pushed.
 type Push = ((Digest, Option<Digest>), Arc<Prepared>);
 
+/// This process's own sources, and the names of what they put into the store.
+#[derive(Debug)]
+struct Follows {
+    kept: broadcast::Receiver<Digest>,
+    sources: Sources,
+}
+
 /// What all connections share.
 #[derive(Debug)]
 struct Shared {
@@ -100,8 +107,8 @@ struct Shared {
     patience: Patience,
     /// Who answers machines' questions, if anybody.
     answerer: OnceLock<Answerer>,
-    /// What our own sources keep, if they are followed.
-    kept: Mutex<Option<broadcast::Receiver<Digest>>>,
+    /// Our own sources and what they keep, if they are followed.
+    follows: Mutex<Option<Follows>>,
     reads: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     of_peer: Mutex<HashMap<Name, usize>>,
@@ -137,7 +144,7 @@ impl Server {
                 prepared: Mutex::default(),
                 patience: Patience::default(),
                 answerer: OnceLock::new(),
-                kept: Mutex::default(),
+                follows: Mutex::default(),
                 reads: Arc::new(Semaphore::new(READS_MAX)),
                 connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
                 of_peer: Mutex::default(),
@@ -149,9 +156,10 @@ impl Server {
     }
 
     /// Has the server hear at once what this process's own `sources` put into its store, instead of looking for
-    /// it: others who were sent here for a chunk that is on its way get it sooner. To be called before `run`.
+    /// it: others who were sent here for a chunk that is on its way get it sooner, and wait as long as it is. To be
+    /// called before `run`.
     pub fn follow(&self, sources: &Sources) {
-        *lock(&self.shared.kept) = Some(sources.kept());
+        *lock(&self.shared.follows) = Some(Follows { kept: sources.kept(), sources: sources.clone() });
     }
 
     /// Has other machines' questions answered; the first who is named answers. To be called before `run`.
@@ -176,8 +184,8 @@ impl Server {
         }
         let (ends, ended) = watch::channel(());
         let mut peers = JoinSet::new();
-        let kept = lock(&self.shared.kept).take();
-        let patience = tokio::spawn(patience::run(Arc::clone(&self.shared), kept));
+        let follows = lock(&self.shared.follows).take();
+        let patience = tokio::spawn(patience::run(Arc::clone(&self.shared), follows));
         tokio::pin!(shutdown);
         loop {
             // The connection's permit first: one that cannot be served is not accepted.

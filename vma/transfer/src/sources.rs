@@ -338,6 +338,15 @@ impl Sources {
         self.inner.local.kept.subscribe()
     }
 
+    /// Which of these chunks are on their way to here.
+    pub(crate) async fn wanted(&self, of: Vec<Digest>) -> Vec<Digest> {
+        let (reply, answer) = oneshot::channel();
+        match self.inner.messages.send(Message::Wanted { of, reply }) {
+            Ok(()) => answer.await.unwrap_or_default(),
+            Err(_) => Vec::new(),
+        }
+    }
+
     /// The links that are up, the best first.
     async fn links(&self, all: bool) -> Vec<crate::link::Link> {
         let (reply, answer) = oneshot::channel();

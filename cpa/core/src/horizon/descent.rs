@@ -29,9 +29,16 @@ pub fn improve(problem: &Problem, plan: &mut Plan, order: &[usize], sweeps: usiz
     let mut served = Served::of(problem, &plan.states);
     let (mut saves, mut path) = (vec![0_i64; problem.steps], Vec::with_capacity(problem.steps));
     let mut changed = 0;
+    // Who serves nobody and has no better way has none either while others only come, for then it would save less: how
+    // often others had left when that was found.
+    let mut idle_since: Vec<Option<usize>> = vec![None; problem.networks];
+    let mut left = 0;
     for _ in 0..sweeps {
         let mut moved = 0;
         for network in order.iter().copied().filter(|n| *n < problem.networks) {
+            if idle_since[network] == Some(left) {
+                continue;
+            }
             let own = network * problem.steps..(network + 1) * problem.steps;
             served.saves(problem, network, plan.states.get(own.clone()).unwrap_or_default(), &mut saves);
             let (from, stages) = (problem.before(network), problem.stages_of(network));
@@ -39,6 +46,7 @@ pub fn improve(problem: &Problem, plan: &mut Plan, order: &[usize], sweeps: usiz
             let before = price(from, stages, &saves, present);
             let after = cheapest(from, stages, &saves, &mut path);
             if after >= before {
+                idle_since[network] = present.iter().all(|s| *s != State::Active).then_some(left);
                 continue;
             }
             let was = present.to_vec();
@@ -46,7 +54,10 @@ pub fn improve(problem: &Problem, plan: &mut Plan, order: &[usize], sweeps: usiz
             for (step, (was, is)) in was.iter().zip(&path).enumerate() {
                 match (*was == State::Active, *is == State::Active) {
                     (false, true) => served.add(problem, network, step),
-                    (true, false) => served.remove(problem, network, step, &plan.states),
+                    (true, false) => {
+                        served.remove(problem, network, step, &plan.states);
+                        left += 1;
+                    }
                     _ => {}
                 }
             }

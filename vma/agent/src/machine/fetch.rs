@@ -2,7 +2,10 @@
 //!
 //! ```text
 //! Stage, Prepare, Resume ─▶ one task per image: open ─▶ critical ─▶ (guests' pager has the link) ─▶ the rest ─▶ whole
+//!       a guest waits, or soon will: critical is pushed ──┘ └── nobody waits: in the background, like the rest
 //! ```
+//! In the background machines give each other what they have: an image that is staged everywhere leaves its origin
+//! about once.
 //! What broke off goes on where it was, for what is here is looked for in the store. Of an image that no cell runs
 //! from, the sources are asked now and then whether they have another: that is fetched beside it, and takes its
 //! place once it is whole and still no cell runs from the old one.
@@ -35,10 +38,14 @@ const GRACE: Duration = Duration::from_secs(3600);
 const OPEN_LIMIT: Duration = Duration::from_secs(20);
 
 impl Machine {
-    /// Begins to fetch the image, unless it is whole or on its way.
-    pub(super) fn stage(self: &Arc<Self>, image: &str) {
+    /// Begins to fetch the image, unless it is whole or on its way. `urgent`: a guest waits for it, or soon will.
+    pub(super) fn stage(self: &Arc<Self>, image: &str, urgent: bool) {
         let mut images = self.images.lock();
         let i = images.entry(image.to_owned()).or_default();
+        if urgent && !i.urgent {
+            i.urgent = true;
+            self.images.tell();
+        }
         if i.level == Level::Whole || i.is_fetching() {
             return;
         }
@@ -75,7 +82,7 @@ impl Machine {
         limit: Duration,
     ) -> anyhow::Result<Arc<Known>> {
         let mut changes = self.images.changes();
-        self.stage(image);
+        self.stage(image, true);
         let come = async {
             loop {
                 changes.borrow_and_update();
@@ -111,13 +118,15 @@ impl Machine {
         let (known, pushed) = match self.images.known(name) {
             Some(known) => (known, None),
             None => {
-                let (known, pushed) = self.open(name, self.images.kin(name), true).await?;
+                let push = self.images.is_urgent(name);
+                let (known, pushed) = self.open(name, self.images.kin(name), push).await?;
                 self.keep_manifest(name, known.signed.clone()).await?;
                 let known = Arc::new(known);
                 self.images.change(name, |i| (i.known, i.level) = (Some(known.clone()), Level::Known));
                 (known, Some(pushed))
             }
         };
+        self.at_leisure(&known, name).await?;
         let critical = async {
             self.critical(&known, pushed, name).await?;
             self.images.change(name, |i| i.level = i.level.max(Level::Critical));
@@ -125,7 +134,9 @@ impl Machine {
         };
         tokio::try_join!(critical, self.tables(&known, name))?;
         self.rest(&known, name).await?;
-        self.images.change(name, |i| (i.level, i.trouble, i.starved) = (Level::Whole, None, false));
+        self.images.change(name, |i| {
+            (i.level, i.trouble, i.starved, i.urgent) = (Level::Whole, None, false, false);
+        });
         Ok(known)
     }
 
@@ -157,6 +168,35 @@ impl Machine {
         let Some(id) = known.manifest.seal else { return Ok(None) };
         let key = known.key.get_or_try_init(|| self.sources.key(id)).await;
         Ok(Some(key.with_context(|| format!("no source gives the key of image {}", known.manifest.name))?.clone()))
+    }
+
+    /// Gets what a guest needs before it runs, and the tables, in the background, until all is here or somebody waits.
+    async fn at_leisure(&self, known: &Known, name: &str) -> anyhow::Result<()> {
+        let mut changes = self.images.changes();
+        for round in 0..ROUNDS_MAX {
+            if self.images.is_urgent(name) {
+                return Ok(());
+            }
+            let mut lacks = self.settled(known, round > 0).await;
+            lacks.extend(survey::tables(&known.manifest, &self.images.store));
+            if lacks.is_empty() {
+                return Ok(());
+            }
+            let mut fill = self.sources.fill(lacks, self.owner_key(known).await?);
+            while !self.images.is_urgent(name) {
+                tokio::select! {
+                    arrived = fill.next() => match arrived {
+                        Some(arrived) => {
+                            let arrived = arrived.with_context(|| format!("cannot stage image {name}"))?;
+                            self.count(name, arrived.need.stored);
+                        }
+                        None => break,
+                    },
+                    changed = changes.changed() => changed.context("the machine is ending")?,
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Gets what a guest needs before it runs: what is pushed, and then what is still missing.

@@ -69,6 +69,8 @@ pub struct Image {
     pub trouble: Option<Fault>,
     /// A guest was ended because its memory did not come: the next one waits until nothing is missing.
     pub starved: bool,
+    /// A guest waits for it, or soon will: what it needs first comes from whoever has it at once.
+    pub urgent: bool,
 }
 
 /// All images of a machine. Its bound is the disk: what is not wanted the VM agent drops.
@@ -181,6 +183,11 @@ impl Images {
         });
     }
 
+    /// Whether a guest waits for an image, or soon will.
+    pub fn is_urgent(&self, image: &str) -> bool {
+        self.lock().get(image).is_some_and(|i| i.urgent)
+    }
+
     /// Looks again at how much is here, where a chunk turned out to be missing or damaged.
     pub fn look_again(&self, name: &str) {
         let Some(known) = self.known(name) else { return };
@@ -200,6 +207,11 @@ impl Images {
         if let Some(i) = self.lock().get_mut(image) {
             f(i);
         }
+        self.tell();
+    }
+
+    /// Tells who waits that something has changed.
+    pub fn tell(&self) {
         self.changes.send_modify(|n| *n += 1);
     }
 

@@ -297,7 +297,7 @@ impl World {
     }
 
     pub fn stage(&self, machine: usize) {
-        let step = Step::Stage { service: self.image.parse().unwrap(), image: self.image.clone() };
+        let step = Step::Stage { service: self.image.parse().unwrap(), image: self.image.clone(), urgent: false };
         self.step(machine, &step).unwrap();
         let whole = || {
             let seen = self.try_seen(machine)?;

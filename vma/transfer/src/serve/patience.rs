@@ -3,19 +3,21 @@
 //! ```text
 //! ask by one that was sent here ─▶ waits ─┬─ our own sources have kept it ─▶ sent
 //!                                         ├─ another process has put it into the store (looked for) ─▶ sent
-//!                                         └─ PATIENCE is over ─▶ missing
+//!                                         └─ PATIENCE is over, and our own sources do not wait for it ─▶ missing
 //! ```
+//! Nobody waits in a circle, for nobody is sent to one that asked later ([`crate::holders`]); and whoever waits too long
+//! for our taste is given up by its own plan.
 
 use super::peer::Peer;
-use super::{Shared, lock};
+use super::{Follows, Shared, lock};
 use crate::Class;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, broadcast};
 use vmatrix_model::Digest;
 
-/// How long a chunk is waited for: as long as two windows of a source take over 10 Mbit/s.
+/// How long a chunk is waited for that may not be on its way: as long as two windows of a source take over 10 Mbit/s.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// How often the store is looked into.
 const LOOK_EVERY: Duration = Duration::from_millis(30);
@@ -80,10 +82,20 @@ impl Patience {
         }
     }
 
-    fn give_up(&self, now: Instant) {
+    /// Chunks that somebody has waited for long enough.
+    fn late(&self, now: Instant) -> Vec<Digest> {
+        let waits = lock(&self.waits);
+        waits.iter().filter(|(_, waits)| waits.iter().any(|w| w.until <= now)).map(|(digest, _)| *digest).collect()
+    }
+
+    /// Ends the waits that are long enough; for what is on its way it is waited as long again.
+    fn give_up(&self, now: Instant, on_their_way: &HashSet<Digest>) {
         let mut late = Vec::new();
         lock(&self.waits).retain(|digest, waits| {
-            waits.retain(|wait| {
+            waits.retain_mut(|wait| {
+                if wait.until <= now && on_their_way.contains(digest) {
+                    wait.until = now + PATIENCE;
+                }
                 let waits_on = now < wait.until;
                 if !waits_on {
                     late.extend(wait.peer.upgrade().map(|peer| (peer, *digest)));
@@ -97,7 +109,8 @@ impl Patience {
 }
 
 /// Looks, listens and gives up until the server ends.
-pub(super) async fn run(shared: Arc<Shared>, mut kept: Option<broadcast::Receiver<Digest>>) {
+pub(super) async fn run(shared: Arc<Shared>, follows: Option<Follows>) {
+    let (mut kept, sources) = follows.map(|f| (f.kept, f.sources)).unzip();
     let every = if kept.is_some() { LOOK_SELDOM } else { LOOK_EVERY };
     let mut look = tokio::time::interval(every);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -123,7 +136,13 @@ pub(super) async fn run(shared: Arc<Shared>, mut kept: Option<broadcast::Receive
                 let here = move || wanted.into_iter().filter(|digest| store.has(digest)).collect::<Vec<_>>();
                 let here = tokio::task::spawn_blocking(here).await.unwrap_or_default();
                 here.iter().for_each(|digest| shared.patience.came(digest));
-                shared.patience.give_up(Instant::now());
+                let now = Instant::now();
+                let late = shared.patience.late(now);
+                let wanted = match &sources {
+                    Some(sources) if !late.is_empty() => sources.wanted(late).await,
+                    _ => Vec::new(),
+                };
+                shared.patience.give_up(now, &wanted.into_iter().collect());
             }
         }
     }

@@ -65,6 +65,11 @@ pub enum Message {
     Status {
         reply: oneshot::Sender<Vec<SourceStatus>>,
     },
+    /// Which of these somebody waits for.
+    Wanted {
+        of: Vec<Digest>,
+        reply: oneshot::Sender<Vec<Digest>>,
+    },
 }
 
 /// A chunk that somebody waits for.
@@ -257,6 +262,11 @@ impl Driver {
                 }
             }
             Message::Status { reply } => drop(reply.send(self.status())),
+            Message::Wanted { mut of, reply } => {
+                of.retain(|digest| self.wanted.contains_key(digest));
+                // Nobody listens any more: nothing is lost.
+                drop(reply.send(of));
+            }
         }
     }
 

@@ -155,6 +155,23 @@ async fn twelve_receivers_cost_their_source_few_copies_and_little_more_time_than
     assert_eq!(sent.chunks - first.chunks + others, 12 * packs.len() as u64, "chunks were sent twice");
 }
 
+/// What takes its time on the way to the one they were sent to, others wait for, instead of asking their source again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_link_is_no_reason_to_send_anything_twice() {
+    let fleet = Fleet::new();
+    let store = fleet.empty("origin");
+    // More than eight seconds of it.
+    let needs: Vec<_> = (0..12).map(|seed| chunk(&store, seed, 110_000)).collect();
+    let origin = fleet.serve(ServerConfig { rate_mbit: Some(1), ..fleet.config(&store) }).await;
+    // Both as an agent does it.
+    let receivers = [receiver(&fleet, 0, origin.address, None).await, receiver(&fleet, 2, origin.address, None).await];
+    let took = fill_all(&receivers, &needs).await;
+    assert!(took > Duration::from_secs(10), "{took:?} is no slow link");
+    let others: u64 = receivers.iter().map(|r| r.running.server.sent().chunks).sum();
+    let sent = origin.server.sent().chunks;
+    assert_eq!((sent, others), (12, 12), "sent by their source, and by each other");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receiver_that_dies_does_not_keep_others_from_its_chunks() {
     let fleet = Fleet::new();

@@ -46,7 +46,10 @@ fn machine_a_newer_image_takes_the_place_of_one_that_nothing_runs_from() {
     network.block_on(async {
         let first = offer(1);
         let serving = source(&network).await;
-        machine.step(Step::Stage { service: "tiny".parse().unwrap(), image: "tiny".into() }).await.unwrap();
+        machine
+            .step(Step::Stage { service: "tiny".parse().unwrap(), image: "tiny".into(), urgent: false })
+            .await
+            .unwrap();
         machine.until("tiny", Level::Whole, Duration::from_secs(20)).await.unwrap();
         machine.renew("tiny").await.unwrap();
         assert_eq!(has(), Some(first));
