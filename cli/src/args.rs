@@ -28,7 +28,7 @@ pub enum Command {
     /// Build, import, inspect, verify and move images of suspended VMs
     #[command(subcommand)]
     Image(Image),
-    /// Plan and apply: so many instances of a service at networks
+    /// Plan and apply: so many instances of a service at networks, or one where it is fairest to players
     Place(Place),
     /// Show what an order would do, without doing it
     Plan(Place),
@@ -339,10 +339,10 @@ pub struct Bench {
     /// Few rows and runs: whether it works, not how fast it is
     #[arg(long)]
     pub quick: bool,
-    /// Only rows whose guest/mechanism/link contains one of these; of `placement` its parts, by name
+    /// Only rows whose guest/mechanism/link contains one of these; of `placement` its parts, by name, or quality/MATRIX
     #[arg(long)]
     pub rows: Vec<String>,
-    /// Runs of each row, instead of five
+    /// Runs of each row, instead of five; of `placement` seeds of each world, instead of ten
     #[arg(long)]
     pub runs: Option<u64>,
     /// Clones that `density` keeps alive
@@ -389,8 +389,23 @@ pub struct Cpa {
 pub struct Place {
     pub service: String,
     /// Instances at a network, for instance --at tokyo=1 --at ashburn=0; networks not named keep theirs
-    #[arg(long = "at", required = true, value_name = "NETWORK=N")]
+    #[arg(long = "at", required_unless_present = "fair", value_name = "NETWORK=N")]
     pub at: Vec<String>,
+    /// One instance at the network that is fairest to the --team or --player given
+    #[arg(long)]
+    pub fair: bool,
+    /// With --fair: the region of each player of a team, for instance --team seoul,tokyo --team berlin,paris
+    #[arg(long = "team", requires = "fair", conflicts_with = "players", value_name = "REGION,…")]
+    pub teams: Vec<String>,
+    /// With --fair: the region of somebody without a team; given again for each
+    #[arg(long = "player", requires = "fair", value_name = "REGION")]
+    pub players: Vec<String>,
+    /// With --fair: how much longer than the best possible the longest round trip may be, per cent [default: 10]
+    #[arg(long, requires = "fair", value_name = "N")]
+    pub slack_percent: Option<u32>,
+    /// With --fair: what no player's round trip may be above
+    #[arg(long, requires = "fair", value_name = "N")]
+    pub cap_ms: Option<u32>,
     /// With `plan`: exit with 3 if there is anything to do
     #[arg(long)]
     pub exit_code: bool,

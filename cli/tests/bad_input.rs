@@ -106,6 +106,13 @@ fn an_order_that_is_no_order_is_explained() {
         1,
         &["--at \"tokyo\" is not NETWORK=N", "hint:"],
     );
+    let token = token.to_str().unwrap();
+    let fair = |more: &[&'static str]| [&["place", "maps", "--token-file", token], more].concat();
+    check(&fair(&["--fair", "--team", "seoul,", "--team", "berlin"]), 1, &["--team \"seoul,\" is not a list", "hint:"]);
+    check(&fair(&["--fair", "--player", "seoul,berlin"]), 1, &["--player \"seoul,berlin\" is not a region", "hint:"]);
+    check(&fair(&["--team", "seoul"]), 2, &["--fair"]);
+    check(&fair(&["--fair", "--team", "seoul", "--player", "berlin"]), 2, &["cannot be used with"]);
+    check(&fair(&[]), 2, &["--at"]);
 }
 
 #[test]

@@ -84,3 +84,39 @@ fn bad_input_is_an_error_with_its_line() {
         }
     }
 }
+
+#[test]
+fn a_cpas_journal_becomes_a_scenario_that_plays() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/library/flash-crowd.toml");
+    let scenario = vmatrix_replay::scenario::Scenario::read(std::path::Path::new(library)).unwrap();
+    let fleet = file(dir.path(), "fleet.toml", &toml::to_string(&scenario.fleet).unwrap());
+    let clients = scenario.fleet.regions[0].prefix;
+    let network = &scenario.fleet.networks[0].name;
+    let report = |second: u64| {
+        format!(
+            "{{\"written_at\":{0},\"entry\":\"demand\",\"network\":\"{network}\",\"sequence\":{second},\"run\":1,\"at\":{0},\
+             \"counts\":[{{\"service\":\"maps\",\"clients\":\"{clients}\",\"requests\":2,\"bytes\":100}}]}}\n",
+            (1_000 + second) * 1_000_000
+        )
+    };
+    std::fs::create_dir(dir.path().join("state")).unwrap();
+    let said = (1..=65).map(report).collect::<String>();
+    file(&dir.path().join("state"), "journal.jsonl", &said);
+    let [state, out] = ["state", "out"].map(|name| dir.path().join(name).to_str().unwrap().to_owned());
+    let (said, told) = trace(&["journal", &state, "--fleet", &fleet, "-o", &out], 0);
+    assert_eq!(said, "");
+    assert!(told.contains("recorded.toml: play it with"), "{told}");
+    let (_, told) = trace(&["journal", &state, "--fleet", &fleet, "-o", &out], 1);
+    assert!(told.contains("recorded.toml"), "it was written over: {told}");
+    let (_, told) = trace(&["journal", &out, "--fleet", &fleet, "-o", &out], 1);
+    assert!(told.contains("has no journal.jsonl"), "{told}");
+    let played = Command::new(env!("CARGO_BIN_EXE_vmatrix"))
+        .args(["replay", &format!("{out}/recorded.toml"), "--json"])
+        .output()
+        .unwrap();
+    let report = String::from_utf8(played.stdout).unwrap();
+    // Sixty seconds of two requests each.
+    let report: serde_json::Value = serde_json::from_str(report.lines().last().unwrap()).unwrap();
+    assert!((80..160).contains(&report["requests"].as_u64().unwrap()), "{report}");
+}

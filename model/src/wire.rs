@@ -31,7 +31,26 @@ pub struct Problem {
 #[serde(deny_unknown_fields)]
 pub struct Order {
     pub service: ServiceId,
+    #[serde(default)]
     pub at: BTreeMap<NetworkId, u32>,
+    /// One instance more where it is fairest to these players, wherever that is: but for networks that `at` empties.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fair: Option<Fair>,
+}
+
+/// Who is to meet in one place: a game's teams, or the people of a call, each a team of one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fair {
+    /// The region of each player, team by team; a region as often as it has players.
+    pub teams: Vec<Vec<RegionId>>,
+    /// How much longer than the best possible the longest round trip may be for the sake of fairness, per cent; 10 if
+    /// not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slack_percent: Option<u32>,
+    /// What no player's round trip may be above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cap_ms: Option<u32>,
 }
 
 /// Applies a plan made before.
@@ -125,6 +144,8 @@ pub struct PeerGrant {
 /// A line of the CPA's journal: everything it heard and did, in order.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JournalLine {
+    /// Not `at`: entries have times of their own, and a key is there once.
+    #[serde(rename = "written_at")]
     pub at: Time,
     #[serde(flatten)]
     pub entry: JournalEntry,

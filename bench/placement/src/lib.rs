@@ -28,21 +28,44 @@ pub fn cpu() -> Duration {
 /// The parts, in the order of the result.
 pub const PARTS: [&str; 7] = ["quality", "scale", "burst", "pools", "fair", "packing", "replay"];
 
+/// What is to be measured.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options<'a> {
+    /// Whether it works, not how well.
+    pub quick: bool,
+    /// Parts by name, all if empty; `quality/MATRIX` is that part over one matrix.
+    pub parts: &'a [String],
+    /// Seeds of each world of the quality part, instead of its own number.
+    pub seeds: Option<u64>,
+}
+
 /// Measures all parts, or those that are named.
 ///
 /// # Errors
 /// There is no part of that name, or what a part says.
-pub fn measure(data: Option<&Path>, quick: bool, parts: &[String]) -> anyhow::Result<Value> {
-    if let Some(unknown) = parts.iter().find(|p| !PARTS.contains(&p.as_str())) {
-        anyhow::bail!("there is no part {unknown:?} of this bench; there are {}", PARTS.join(", "));
+pub fn measure(data: Option<&Path>, options: Options) -> anyhow::Result<Value> {
+    let Options { quick, parts, seeds } = options;
+    let named: Vec<(&str, Option<&str>)> =
+        parts.iter().map(|p| p.split_once('/').map_or((p.as_str(), None), |(part, of)| (part, Some(of)))).collect();
+    for (part, of) in &named {
+        if !PARTS.contains(part) || of.is_some() && *part != PARTS[0] {
+            let (all, given) = (PARTS.join(", "), of.map_or((*part).to_owned(), |of| format!("{part}/{of}")));
+            anyhow::bail!("there is no part {given:?} of this bench; there are {all}, and quality/MATRIX");
+        }
     }
     let mut found = Map::new();
     found.insert("bench".to_owned(), "placement".into());
     found.insert("quick".to_owned(), quick.into());
     found.insert("policy".to_owned(), "mpc".into());
-    for part in PARTS.iter().filter(|part| parts.is_empty() || parts.iter().any(|p| p == *part)) {
+    for part in PARTS.iter().filter(|part| parts.is_empty() || named.iter().any(|(p, _)| p == *part)) {
         let measure = match *part {
-            "quality" => quality::measure,
+            "quality" => {
+                let only: Vec<&str> = named.iter().filter(|(p, _)| p == part).filter_map(|(_, of)| *of).collect();
+                let value = quality::measure(data, quick, &only, seeds).context("part quality")?;
+                // Its rows are the bench's.
+                found.extend(value.as_object().cloned().unwrap_or_default());
+                continue;
+            }
             "scale" => scale::measure,
             "burst" => burst::measure,
             "pools" => pools::measure,
@@ -51,13 +74,30 @@ pub fn measure(data: Option<&Path>, quick: bool, parts: &[String]) -> anyhow::Re
             _ => speed::measure,
         };
         let value = measure(data, quick).with_context(|| format!("part {part}"))?;
-        match value {
-            // Its rows are the bench's.
-            Value::Object(quality) if *part == "quality" => found.extend(quality),
-            value => drop(found.insert((*part).to_owned(), value)),
-        }
+        found.insert((*part).to_owned(), value);
     }
     Ok(Value::Object(found))
+}
+
+/// Adds what was found to what was found before: parts take the place of parts, worlds of the quality part that of the
+/// same worlds.
+///
+/// # Errors
+/// `before` is no result of this bench, or one is quick and the other is not.
+pub fn merged(before: Value, found: Value) -> anyhow::Result<Value> {
+    let (Value::Object(mut all), Value::Object(new)) = (before, found) else {
+        anyhow::bail!("what was found before is no result of this bench");
+    };
+    if all.get("bench") != new.get("bench") || all.get("quick") != new.get("quick") {
+        anyhow::bail!("what was found before is of another bench, or one of both is quick: name another file");
+    }
+    let worlds = match (all.contains_key("rows"), new.contains_key("rows")) {
+        (true, true) => Some(quality::merged(&Value::Object(all.clone()), &Value::Object(new.clone()))),
+        _ => None,
+    };
+    all.extend(new);
+    all.extend(worlds.as_ref().and_then(Value::as_object).cloned().unwrap_or_default());
+    Ok(Value::Object(all))
 }
 
 /// The goals of all parts, as `(part, goal)`.

@@ -30,6 +30,12 @@ const REQUESTS_MAX: u64 = 20_000_000;
 /// 10⁻¹² dollars in a dollar.
 const DOLLAR: f64 = 1e12;
 
+/// The recorded matrices.
+const CLOUD: &str = "cloud-69";
+const PLANETLAB: &str = "planetlab-490";
+/// In the order of the table.
+const POLICIES: [&str; 7] = ["mpc", "rent", "myopic", "static", "best-single", "none", "offline"];
+
 /// A network's prices.
 #[derive(Debug, Clone, Copy)]
 struct Network {
@@ -416,6 +422,7 @@ pub fn recorded(data: &Path, quick: bool) -> anyhow::Result<Trace> {
     let mut trace = crate::burst::worldcup(&data.join(crate::burst::TRACE))?;
     trace.name = "worldcup98".to_owned();
     if quick {
+        trace.name += ", two weeks";
         trace.counts = trace.counts.drain(40 * 1440..54 * 1440).collect();
     }
     Ok(trace)
@@ -423,7 +430,7 @@ pub fn recorded(data: &Path, quick: bool) -> anyhow::Result<Trace> {
 
 /// The recorded matrix of 490 hosts.
 pub fn planetlab(data: &Path) -> anyhow::Result<Places> {
-    places("planetlab-490", &data.join("netlatency/PlanetLabData_10"))
+    places(PLANETLAB, &data.join("netlatency/PlanetLabData_10"))
 }
 
 /// Plays our policy with requests counted minute by minute; a digest of every state and what each minute cost.
@@ -465,17 +472,41 @@ fn places(name: &'static str, path: &Path) -> anyhow::Result<Places> {
     Ok(Places { name, count: matrix.len(), rtt_us: matrix.rtt_us, egress })
 }
 
-/// Measures.
+/// Measures the matrices that are asked for, all if `only` is empty, with so many seeds.
 ///
 /// # Errors
-/// The recorded data is not there or cannot be read.
-pub fn measure(data: Option<&Path>, quick: bool) -> anyhow::Result<Value> {
+/// The recorded data is not there or cannot be read, or there is no such matrix.
+pub fn measure(data: Option<&Path>, quick: bool, only: &[&str], seeds: Option<u64>) -> anyhow::Result<Value> {
     let data = data.context("the recorded traces and matrices are not there; name their folder in VMATRIX_DATA")?;
     let trace = recorded(data, quick)?;
-    let cloud = places("cloud-69", &data.join("skyplane"))?;
-    let (matrices, seeds, rounds) =
-        if quick { (vec![cloud], 1, (100, 50)) } else { (vec![cloud, planetlab(data)?], 10, (200, 100)) };
-    let rows = all(&trace, &matrices, seeds, rounds)?;
+    let of = |name: &str| match name {
+        CLOUD => places(CLOUD, &data.join("skyplane")),
+        PLANETLAB => planetlab(data),
+        _ => bail!("there is no matrix {name:?} in this bench; there are {CLOUD} and {PLANETLAB}"),
+    };
+    let names = match (only, quick) {
+        ([], true) => &[CLOUD][..],
+        ([], false) => &[CLOUD, PLANETLAB],
+        (only, _) => only,
+    };
+    let matrices = names.iter().map(|name| of(name)).collect::<anyhow::Result<Vec<_>>>()?;
+    let (usual, rounds) = if quick { (1, (100, 50)) } else { (10, (200, 100)) };
+    Ok(summary(all(&trace, &matrices, seeds.unwrap_or(usual), rounds)?))
+}
+
+/// What the worlds of both say; of one world the newer rows.
+pub fn merged(before: &Value, found: &Value) -> Value {
+    let world = |row: &Value| ["trace", "matrix", "seed", "weight"].map(|key| row[key].to_string());
+    let rows = |of: &Value| of["rows"].as_array().cloned().unwrap_or_default();
+    let newer = rows(found);
+    let mut all = rows(before);
+    all.retain(|row| newer.iter().all(|new| world(new) != world(row)));
+    all.extend(newer);
+    summary(all)
+}
+
+/// Every policy's ratios, and the goals, by the rows of all worlds.
+fn summary(rows: Vec<Value>) -> Value {
     let of = |policy: &str, key: &str| -> Vec<f64> {
         rows.iter().filter(|r| r["policy"] == policy).filter_map(|r| r[key].as_f64()).collect()
     };
@@ -485,12 +516,22 @@ pub fn measure(data: Option<&Path>, quick: bool) -> anyhow::Result<Value> {
         .zip(of("offline", "moves"))
         .map(|(ours, best)| ours / best.max(1.0))
         .collect::<Vec<_>>();
-    let peers: Vec<Value> = ["mpc", "rent", "myopic", "static", "best-single", "none", "offline"]
-        .iter()
-        .map(|policy| json!({ "policy": policy, "median": median(&of(policy, "ratio")), "worst": worst(&of(policy, "ratio")) }))
+    let mut worlds: Vec<[String; 2]> =
+        rows.iter().map(|r| ["trace", "matrix"].map(|key| r[key].as_str().unwrap_or("-").to_owned())).collect();
+    worlds.sort();
+    worlds.dedup();
+    let peers: Vec<Value> = (worlds.iter())
+        .flat_map(|world| POLICIES.map(|policy| (world, policy)))
+        .map(|(world, policy)| {
+            let is_it = |r: &&Value| r["policy"] == policy && r["trace"] == world[0] && r["matrix"] == world[1];
+            let ratios: Vec<f64> = rows.iter().filter(is_it).filter_map(|r| r["ratio"].as_f64()).collect();
+            json!({
+                "trace": world[0], "matrix": world[1], "policy": policy, "worlds": ratios.len(),
+                "median": median(&ratios), "worst": worst(&ratios),
+            })
+        })
         .collect();
-    Ok(json!({
-        "rows": rows,
+    json!({
         "offline": { "gap_median": median(&best), "gap_worst": worst(&best) },
         "policies": peers,
         "conditions": [
@@ -504,7 +545,8 @@ pub fn measure(data: Option<&Path>, quick: bool) -> anyhow::Result<Value> {
             at_most("cost with the future known, over the bound, worst", 1.005, worst(&best)),
             at_most("moves over those with the future known, median", 1.5, median(&moves)),
         ],
-    }))
+        "rows": rows,
+    })
 }
 
 #[cfg(test)]
@@ -536,6 +578,17 @@ mod tests {
             }
             assert!(of("mpc") <= of("myopic").min(of("none")).min(of("best-single")) + 0.005, "{rows:?}");
         }
+    }
+
+    #[test]
+    fn worlds_measured_anew_take_the_place_of_the_same_worlds_and_the_goals_are_of_all() {
+        let row = |seed: u64, ratio: f64| json!({ "trace": "t", "matrix": "m", "seed": seed, "weight": 1e-8, "policy": "mpc", "ratio": ratio });
+        let (before, found) = (summary(vec![row(1, 1.5), row(2, 1.02)]), summary(vec![row(1, 1.01), row(3, 1.04)]));
+        let all = merged(&before, &found);
+        let seeds: Vec<u64> = all["rows"].as_array().unwrap().iter().filter_map(|r| r["seed"].as_u64()).collect();
+        assert_eq!(seeds, [2, 1, 3]);
+        assert_eq!((all["goals"][0]["seen"].as_f64(), all["goals"][1]["seen"].as_f64()), (Some(1.02), Some(1.04)));
+        assert_eq!(all["policies"][0]["worlds"], 3);
     }
 
     #[test]

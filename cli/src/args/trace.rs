@@ -37,6 +37,17 @@ pub enum Trace {
         #[arg(short, long)]
         output: Option<PathBuf>,
     },
+    /// Make a scenario of a CPA's journal: what its fleet was asked and ordered, to be played again
+    Journal {
+        /// The CPA's state directory, with journal.jsonl
+        state_dir: PathBuf,
+        /// The CPA's fleet_file
+        #[arg(long)]
+        fleet: PathBuf,
+        /// A folder for recorded.toml and its traces; it is made, and must not have a recorded.toml
+        #[arg(short, long)]
+        output: PathBuf,
+    },
     /// Say what a trace is like, or a matrix of round trips and prices
     Describe {
         /// A trace of either form; a matrix as docs/placement-data.md has them, a file or a folder

@@ -40,7 +40,14 @@ pub fn run(bench: &args::Bench) -> Result<ExitCode> {
 /// Needs neither store nor guests, and has parts in place of rows.
 fn placement(bench: &args::Bench) -> Result<ExitCode> {
     let data = std::env::var_os("VMATRIX_DATA").map(PathBuf::from);
-    let found = vmatrix_bench_placement::measure(data.as_deref(), bench.quick, &bench.rows)?;
+    let options = vmatrix_bench_placement::Options { quick: bench.quick, parts: &bench.rows, seeds: bench.runs };
+    let mut found = vmatrix_bench_placement::measure(data.as_deref(), options)?;
+    if let Some(file) = bench.into.as_ref().filter(|file| file.exists()) {
+        let what = || format!("cannot add to {}", file.display());
+        let before = std::fs::read_to_string(file).with_context(what)?;
+        let before = serde_json::from_str(&before).with_context(what)?;
+        found = vmatrix_bench_placement::merged(before, found).with_context(what)?;
+    }
     let page = vmatrix_bench_placement::page::markdown(&found);
     if bench.json {
         println!("{found}");

@@ -6,8 +6,9 @@ use crate::exit;
 use anyhow::{Context, Result, bail};
 use std::process::ExitCode;
 use vmatrix_cpa_agent::client::Client;
+use vmatrix_model::RegionId;
 use vmatrix_model::plan::{Decision, Plan};
-use vmatrix_model::wire::{Event, Order, Snapshot};
+use vmatrix_model::wire::{Event, Fair, Order, Snapshot};
 
 fn client(cpa: &Cpa) -> Result<Client> {
     let file = match &cpa.token_file {
@@ -37,7 +38,27 @@ fn order(place: &Place) -> Result<Order> {
             bail!("--at names {network} twice");
         }
     }
-    Ok(Order { service: place.service.parse()?, at })
+    let fair = place.fair.then(|| fair(place)).transpose()?;
+    Ok(Order { service: place.service.parse()?, at, fair })
+}
+
+/// Who is to meet: teams as given, or everybody for themselves.
+fn fair(place: &Place) -> Result<Fair> {
+    let team = |names: &String| -> Result<Vec<RegionId>> {
+        let regions = names.split(',').map(|r| r.trim().parse());
+        regions.collect::<Result<_, _>>().with_context(|| {
+            format!("--team {names:?} is not a list of regions\n\nhint: regions of the fleet, as in --team seoul,tokyo")
+        })
+    };
+    let player = |name: &String| -> Result<Vec<RegionId>> {
+        Ok(vec![name.parse().with_context(|| {
+            format!(
+                "--player {name:?} is not a region\n\nhint: one region of the fleet each time, as in --player seoul"
+            )
+        })?])
+    };
+    let teams = place.teams.iter().map(team).chain(place.players.iter().map(player)).collect::<Result<_>>()?;
+    Ok(Fair { teams, slack_percent: place.slack_percent, cap_ms: place.cap_ms })
 }
 
 pub fn plan(place: &Place) -> Result<ExitCode> {

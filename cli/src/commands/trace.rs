@@ -5,7 +5,10 @@ use anyhow::{Context, Result};
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use vmatrix_model::fleet::Fleet;
+use vmatrix_replay::journal::Journal;
 use vmatrix_replay::matrix;
+use vmatrix_replay::scenario::Scenario;
 use vmatrix_replay::trace::{self, Crowd, Kind, TraceError};
 
 pub fn run(trace: &Trace) -> Result<ExitCode> {
@@ -33,6 +36,7 @@ pub fn run(trace: &Trace) -> Result<ExitCode> {
         Trace::Generate { kind, seed, days, output } => {
             write(&trace::generate(kind_of(*kind), *seed, *days), output.as_deref())?;
         }
+        Trace::Journal { state_dir, fleet, output } => journal(state_dir, fleet, output)?,
         Trace::Describe { file } => say(&describe(file)?)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -68,6 +72,41 @@ fn write(trace: &trace::Trace, output: Option<&Path>) -> Result<()> {
     let file = std::fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
     trace.write(&path.display().to_string(), file)?;
     eprintln!("{}: {} steps of {}, {} requests", path.display(), trace.counts.len(), trace.step, trace.total());
+    Ok(())
+}
+
+/// Makes a scenario of a journal and writes it with its traces.
+fn journal(state_dir: &Path, fleet_file: &Path, folder: &Path) -> Result<()> {
+    let file = fleet_file.display().to_string();
+    let text = std::fs::read_to_string(fleet_file).with_context(|| format!("cannot read {file}"))?;
+    let fleet: Fleet = vmatrix_model::config::parse_toml(&file, &text)?;
+    fleet.check().with_context(|| file.clone())?;
+    let mut journal = Journal::default();
+    let parts = ["journal.1.jsonl", "journal.jsonl"].map(|name| state_dir.join(name));
+    anyhow::ensure!(
+        parts.iter().any(|part| part.exists()),
+        "{} has no journal.jsonl\n\nhint: name the state_dir of the CPA's configuration",
+        state_dir.display()
+    );
+    for part in parts.iter().filter(|part| part.exists()) {
+        let name = part.display().to_string();
+        let open = std::fs::File::open(part).with_context(|| format!("cannot open {name}"))?;
+        journal.read(&fleet, &name, std::io::BufReader::new(open))?;
+    }
+    if journal.elsewhere > 0 {
+        eprintln!("{} requests came from no region of the fleet, or for no service of it: left out", journal.elsewhere);
+    }
+    let recorded = journal.recorded(&fleet).map_err(anyhow::Error::msg)?;
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    for (name, trace) in &recorded.traces {
+        write(trace, Some(&folder.join(name)))?;
+    }
+    let path = folder.join("recorded.toml");
+    let mut file = std::fs::File::create_new(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    file.write_all(recorded.scenario.as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
+    // What was written must play: who made it learns of it, not who plays it.
+    Scenario::read(&path)?;
+    eprintln!("{}: play it with `vmatrix replay {}`", path.display(), path.display());
     Ok(())
 }
 

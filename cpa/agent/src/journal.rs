@@ -1,9 +1,9 @@
 //! The journal: every event heard and every decision made, one JSON line each, only ever appended.
 //!
 //! ```text
-//!  {"at":…,"entry":"demand",…}               events as they came (a journal is a scenario)
-//!  {"at":…,"entry":"decided",…}              decisions, placements, announcements
-//!  {"at":…,"entry":"memory","format":1,…}    all the core knows: a restart needs the last of these and nothing before it
+//!  {"written_at":…,"entry":"demand",…}               events as they came (a journal is a scenario)
+//!  {"written_at":…,"entry":"decided",…}              decisions, placements, announcements
+//!  {"written_at":…,"entry":"memory","format":1,…}    all the core knows: a restart needs the last of these and nothing before it
 //! ```
 //!
 //! A memory line follows everything that was said to anyone, before it is sent, and is synced to disk; so no
@@ -37,6 +37,7 @@ pub(crate) const FORMAT: u32 = 1;
 /// A memory line.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct MemoryLine {
+    #[serde(rename = "written_at", alias = "at")]
     at: Time,
     entry: Tag,
     #[serde(default)]
@@ -276,7 +277,7 @@ mod tests {
         let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
         let (new, old) = (read("journal.jsonl"), read("journal.1.jsonl"));
         assert_eq!(new.lines().count(), 1);
-        assert!(new.starts_with(&format!("{{\"at\":{n},\"entry\":\"memory\"")), "{new}");
+        assert!(new.starts_with(&format!("{{\"written_at\":{n},\"entry\":\"memory\"")), "{new}");
         assert!(old.len() > 2000 && old.lines().last().unwrap().contains("announced"), "all that came before: {old}");
         assert!(!dir.path().join("journal.next.jsonl").exists());
         j.write(Time(n + 1), announced(n + 1)).unwrap();

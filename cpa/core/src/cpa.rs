@@ -311,8 +311,12 @@ impl Cpa {
 
     fn order(&mut self, now: Time, order: &Order) -> Result<Plan, Refusal> {
         let fleet = self.fleet.clone();
-        let (service, target) = orders::wanted(&fleet, order, &self.aim(&order.service))?;
-        let plan = self.ordered(now, service, &target);
+        let (order, meeting) = self.meet(now, order)?;
+        let (service, target) = orders::wanted(&fleet, &order, &self.aim(&order.service))?;
+        let mut plan = self.ordered(now, service, &target);
+        if let Some(meeting) = meeting {
+            meeting.tell(&mut plan);
+        }
         if let Some(fault) = check::lint(&self.fleet, &plan.target).first() {
             return Err(Refusal::Order {
                 problem: fault.to_string(),

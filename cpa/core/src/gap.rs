@@ -41,7 +41,8 @@ impl Cpa {
         memory.ordered.values_mut().for_each(moved);
         for held in memory.holds.values_mut() {
             let (since, failed) = (held.serving_since.values_mut(), held.failed.values_mut());
-            since.chain(failed).chain(&mut held.calm_since).chain(&mut held.served_at).for_each(moved);
+            let times = [&mut held.calm_since, &mut held.slept_at, &mut held.served_at];
+            since.chain(failed).chain(times.into_iter().flatten()).for_each(moved);
         }
         for transition in memory.transitions.values_mut() {
             [&mut transition.began, &mut transition.until].into_iter().chain(&mut transition.turned).for_each(moved);

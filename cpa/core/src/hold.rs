@@ -8,8 +8,10 @@
 //! | an ordinary move is the best in | 3 rounds (30 s) | without it, noise at a threshold raises and lowers the same VM |
 //! | a network stays | 20 s after it began to serve | ten times a resume; its clients' resolvers have only just learned of it |
 //! | the drop after a crowd waits | 5 s of calm | the end of a crowd is known to be real once it has not come back at once |
+//! | the same where a copy was called back within an hour | 15 min | what comes back has not gone; by then it is usual, and priced as such |
 //! | a network that failed to serve is left out | 5 min | what broke there needs looking after, not another try |
 
+use crate::burst::CROWD_MAX;
 use crate::solve::Step;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -25,6 +27,8 @@ pub const ROUNDS: u32 = 3;
 pub const STAY: Span = Span::secs(20);
 /// Calm after a crowd before its copy is put back to sleep.
 pub const CALM: Span = Span::secs(5);
+/// A crowd that comes back so soon after its copy was put to sleep has called it back: what is usual is the last hour's.
+pub const RECALL: Span = Span::secs(3600);
 /// How long a network that failed to serve is left out.
 pub const AVOID: Span = Span::secs(300);
 
@@ -40,6 +44,9 @@ pub struct Held {
     pub tempted: Option<(String, u32)>,
     /// When a crowd last ended.
     pub calm_since: Option<Time>,
+    /// When a copy was last put back to sleep after a crowd, and whether another crowd has called one back since.
+    pub slept_at: Option<Time>,
+    pub recalled: bool,
     /// When anyone was last seen serving it.
     pub served_at: Option<Time>,
 }
@@ -47,12 +54,28 @@ pub struct Held {
 impl Held {
     /// Whether `network` may be left yet.
     pub fn may_leave(&self, network: &NetworkId, now: Time) -> bool {
-        self.serving_since.get(network).is_none_or(|t| now.since(*t) >= STAY)
+        !self.recalled(now) && self.serving_since.get(network).is_none_or(|t| now.since(*t) >= STAY)
+    }
+
+    /// Whether a crowd has called a copy back and was over for less than [`CROWD_MAX`].
+    fn recalled(&self, now: Time) -> bool {
+        self.recalled && self.calm_since.is_some_and(|t| now.since(t) < CROWD_MAX)
     }
 
     /// Whether `network` may be tried.
     pub fn may_try(&self, network: &NetworkId, now: Time) -> bool {
         self.failed.get(network).is_none_or(|t| now.since(*t) >= AVOID)
+    }
+
+    /// A copy is resumed for a crowd.
+    pub fn called(&mut self, now: Time) {
+        self.recalled = self.slept_at.is_some_and(|t| now.since(t) < RECALL);
+    }
+
+    /// Whether a crowd is over long enough for its copy to be put back to sleep, and not so long that whoever serves
+    /// does so for a reason of its own.
+    pub fn calm(&self, now: Time) -> bool {
+        self.calm_since.is_some_and(|t| (CALM..CALM + RECALL).contains(&now.since(t)))
     }
 
     /// Whether the step has now been the best for [`ROUNDS`] rounds. Called once a round.
@@ -91,6 +114,24 @@ mod tests {
         assert!(payback(gain, MicroUsd(200), Span::secs(2)).unwrap() < CROWD_HORIZON);
         assert!(payback(gain, MicroUsd(200), Span::secs(90)).unwrap() > CROWD_HORIZON);
         assert_eq!(payback(MicroUsd(0), MicroUsd(1), Span::ZERO), None);
+    }
+
+    #[test]
+    fn what_a_crowd_called_back_stays_longer() {
+        let mut held = Held::default();
+        let at = |s| Time(0) + Span::secs(s);
+        held.called(at(100));
+        held.calm_since = Some(at(200));
+        assert!(!held.calm(at(204)) && held.calm(at(205)) && held.calm(at(3_804)) && !held.calm(at(3_805)));
+        held.slept_at = Some(at(205));
+        held.called(at(205 + 3599));
+        held.calm_since = Some(at(4_000));
+        let network = "tokyo".to_owned().try_into().unwrap();
+        assert!(!held.may_leave(&network, at(4_899)) && held.may_leave(&network, at(4_900)));
+        held.slept_at = Some(at(4_900));
+        held.called(at(4_900 + 3600));
+        held.calm_since = Some(at(9_000));
+        assert!(held.may_leave(&network, at(9_005)), "an hour later it is another crowd");
     }
 
     #[test]

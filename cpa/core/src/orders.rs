@@ -62,7 +62,8 @@ pub fn wanted<'a>(fleet: &'a Fleet, order: &Order, present: &Shares) -> Result<(
     Ok((service, wanted))
 }
 
-fn guess(word: &str, names: &[&str]) -> String {
+/// The name that was probably meant, or all there are.
+pub(crate) fn guess(word: &str, names: &[&str]) -> String {
     nearest(word, names.iter().copied())
         .map_or_else(|| format!("there are {}", names.join(", ")), |n| format!("did you mean {n}?"))
 }
@@ -75,6 +76,7 @@ mod tests {
         Order {
             service: service.to_owned().try_into().unwrap(),
             at: at.iter().map(|(n, i)| ((*n).to_owned().try_into().unwrap(), *i)).collect(),
+            fair: None,
         }
     }
 

@@ -267,6 +267,7 @@ impl Cpa {
             return None;
         };
         let plan = self.step_plan(case, &before, &weighed, chosen, cause, not);
+        self.memory.holds.entry(service.name.clone()).or_default().called(now);
         Some(self.numbered(plan))
     }
 
@@ -279,7 +280,7 @@ impl Cpa {
         let mut held = self.memory.holds.get(&service.name).cloned().unwrap_or_default();
         let spent = |w: &Weighed| MicroUsd((w.after.price.instances - before.price.instances).0.max(0));
         // Sleep is what a copy resumed for a crowd returns to: any saving will do.
-        let after_crowd = held.calm_since.is_some_and(|t| now.since(t) >= hold::CALM) && active.len() > 1;
+        let after_crowd = held.calm(now) && active.len() > 1;
         // Where plans are made ahead, the hour's prices say how many instances, and when a crowd's copy sleeps again.
         let ahead = self.memory.ahead.get(&service.name).filter(|a| self.policy == Policy::Ahead && a.knows());
         let wanted = |step: &Step| {
@@ -312,6 +313,11 @@ impl Cpa {
             chosen.filter(|_| ripe).map(|c| self.step_plan(case, &before, &weighed, c, Cause::Epoch, not.clone()));
         if plan.is_some() {
             held.tempted = None;
+            let slept = chosen.and_then(|c| weighed.get(c)).filter(|w| to_sleep(w)).and_then(|w| w.step.leaver());
+            // One that was lost was not put to sleep too early.
+            if slept.is_some_and(|n| crate::steering::heard(&self.memory, n, now)) {
+                held.slept_at = Some(now);
+            }
         }
         self.memory.holds.insert(service.name.clone(), held);
         if !planned {

@@ -19,7 +19,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, watch};
 use vmatrix_model::plan::{Cause, Decision};
-use vmatrix_model::wire::Order;
 use vmatrix_model::{NetworkId, Span, Time};
 use vmatrix_replay::arrivals::arrivals;
 use vmatrix_replay::recording::{Ports, Recording, Request, StepAt};
@@ -312,8 +311,7 @@ impl<'a> Play<'a> {
         orders.sort_by_key(|o| o.at_s);
         for timed in orders {
             tokio::time::sleep_until((began + Duration::from_secs(u64::from(timed.at_s))).into()).await;
-            let order = Order { service: timed.service.clone(), at: timed.at.clone() };
-            match self.cpa.order(&order).await {
+            match self.cpa.order(&timed.order()).await {
                 Ok(decision) => self
                     .options
                     .step(format!("an operator's order for {} became {}", timed.service, decision.generation)),

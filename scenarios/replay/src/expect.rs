@@ -9,20 +9,25 @@
 //! ```
 //!
 //! A figure is a path into the report as `vmatrix replay --json` prints it; in a list a step of the path names the
-//! service or region of the row that is meant: `/latency/maps/seoul/p95_ms`.
+//! service or region of the row that is meant: `/latency/maps/seoul/p95_ms`. `gap = [["seoul"], ["berlin"]]` of a
+//! `service` is what lies between teams: the largest less the smallest of their means of their regions' median
+//! response times, milliseconds.
 
 use crate::report::Report;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use vmatrix_model::{NetworkId, ServiceId};
+use vmatrix_model::{NetworkId, RegionId, ServiceId};
 
-/// One expectation: of a figure, or of a move.
+/// One expectation: of a figure, of a gap between teams, or of a move.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Expect {
     /// Path of a number or a truth (1 or 0) in the report.
     #[serde(default)]
     pub figure: Option<String>,
+    /// Teams of regions that are to be served alike.
+    #[serde(default)]
+    pub gap: Option<Vec<Vec<RegionId>>>,
     #[serde(default)]
     pub at_least: Option<f64>,
     #[serde(default)]
@@ -66,31 +71,47 @@ impl Verb {
 impl Expect {
     /// What keeps this from being an expectation.
     pub(crate) fn fault(&self) -> Option<&'static str> {
-        match (&self.figure, self.verb) {
-            (None, None) => Some("says neither a figure nor a move"),
-            (Some(_), Some(_)) => Some("says a figure and a move: make two of it"),
-            (Some(f), None) if !f.starts_with('/') => Some("figure is a path that begins with /"),
-            (Some(_), None) if self.at_least.is_none() && self.at_most.is_none() => {
-                Some("a figure needs at_least or at_most")
+        let bound = self.at_least.is_some() || self.at_most.is_some();
+        let of_move = self.network.is_some() || self.between_s.is_some() || self.never;
+        match (&self.figure, &self.gap, self.verb) {
+            (None, None, None) => Some("says neither a figure nor a move"),
+            (Some(f), None, None) if !f.starts_with('/') => Some("figure is a path that begins with /"),
+            (Some(_), None, None) if !bound => Some("a figure needs at_least or at_most"),
+            (Some(_), None, None) if of_move || self.service.is_some() => {
+                Some("service, network, between_s and never are of a move")
             }
-            (Some(_), None) if self.service.is_some() || self.network.is_some() || self.between_s.is_some() => {
-                Some("service, network and between_s are of a move")
+            (None, Some(_), None) if !bound || self.service.is_none() => {
+                Some("a gap needs a service, and at_least or at_most")
             }
-            (Some(_), None) if self.never => Some("never is of a move"),
-            (None, Some(_)) if self.at_least.is_some() || self.at_most.is_some() => {
-                Some("at_least and at_most are of a figure")
+            (None, Some(_), None) if of_move => Some("network, between_s and never are of a move"),
+            (None, Some(teams), None) if teams.len() < 2 || teams.iter().any(Vec::is_empty) => {
+                Some("a gap lies between two teams or more, each with a region")
             }
-            _ => None,
+            (None, None, Some(_)) if bound => Some("at_least and at_most are of a figure"),
+            (Some(_), None, None) | (None, Some(_), None) | (None, None, Some(_)) => None,
+            _ => Some("says more than one of figure, gap and move: make two of it"),
         }
+    }
+
+    /// The bound that a value breaks, in words.
+    fn beyond(&self, seen: f64) -> Option<String> {
+        let low = self.at_least.filter(|least| seen < *least).map(|least| format!("at least {least}"));
+        low.or_else(|| self.at_most.filter(|most| seen > *most).map(|most| format!("at most {most}")))
     }
 
     /// How the report breaks it, in words.
     fn broken(&self, report: &Report, json: &Value) -> Option<String> {
         if let Some(path) = &self.figure {
             let Some(seen) = figure(json, path) else { return Some(format!("{path} is not a figure of this play")) };
-            let low = self.at_least.filter(|least| seen < *least).map(|least| format!("at least {least}"));
-            let high = self.at_most.filter(|most| seen > *most).map(|most| format!("at most {most}"));
-            return low.or(high).map(|wanted| format!("{path} is {seen}, expected {wanted}"));
+            return self.beyond(seen).map(|wanted| format!("{path} is {seen}, expected {wanted}"));
+        }
+        if let Some((teams, service)) = self.gap.as_ref().zip(self.service.as_ref()) {
+            return match gap(report, service, teams) {
+                Ok(ms) => {
+                    self.beyond(ms).map(|wanted| format!("the teams are {ms} ms apart in {service}, expected {wanted}"))
+                }
+                Err(region) => Some(format!("{region} had no answer of {service}")),
+            };
         }
         let verb = self.verb?;
         let meant = |m: &&crate::report::MoveReport| {
@@ -109,6 +130,21 @@ impl Expect {
             _ => None,
         }
     }
+}
+
+/// What lies between teams, in milliseconds of response time; or a region that had no answer.
+fn gap<'a>(report: &Report, service: &ServiceId, teams: &'a [Vec<RegionId>]) -> Result<f64, &'a RegionId> {
+    let median = |region: &'a RegionId| {
+        let row = report.latency.iter().find(|l| l.service == *service && l.region == *region);
+        row.and_then(|l| l.p50_ms).map(|ms| ms as f64).ok_or(region)
+    };
+    let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
+    for team in teams {
+        let medians = team.iter().map(median).collect::<Result<Vec<f64>, _>>()?;
+        let mean = medians.iter().sum::<f64>() / medians.len().max(1) as f64;
+        (least, most) = (least.min(mean), most.max(mean));
+    }
+    Ok(most - least)
 }
 
 /// Expectations that a play broke, one sentence each.
@@ -165,6 +201,11 @@ mod tests {
         let late = broken("move = 'resume'\nservice = 'maps'\nnetwork = 'tokyo'\nbetween_s = [0, 20]");
         assert_eq!(late, "no resume of maps in tokyo between 0 and 20 s was decided");
         assert!(broken("move = 'suspend'\nnever = true").starts_with("a suspend was decided, at "));
+        let teams = "gap = [['new-york', 'seoul'], ['berlin']]\nservice = 'maps'\n";
+        assert_eq!(broken(&format!("{teams}at_most = 500")), "");
+        assert!(broken(&format!("{teams}at_most = 1")).ends_with("expected at most 1"));
+        let nobody = broken("gap = [['seoul'], ['berlin']]\nservice = 'agenda'\nat_most = 500");
+        assert_eq!(nobody, "seoul had no answer of agenda");
     }
 
     #[test]
@@ -177,6 +218,9 @@ mod tests {
             ("move = 'drop'\nat_most = 1", "of a figure"),
             ("figure = '/requests'\nat_most = 1\nmove = 'drop'", "make two"),
             ("move = 'drop'\nnetwork = 'mars'", "mars"),
+            ("gap = [['seoul'], ['berlin']]\nat_most = 1", "needs a service"),
+            ("gap = [['seoul'], []]\nservice = 'maps'\nat_most = 1", "two teams"),
+            ("gap = [['seoul'], ['mars']]\nservice = 'maps'\nat_most = 1", "region mars"),
         ] {
             let text = format!("{text}\n[[expect]]\n{expect}\n");
             let refused = Scenario::parse("f.toml", &text).unwrap_err().to_string();

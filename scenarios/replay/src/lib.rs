@@ -8,6 +8,7 @@
 pub mod arrivals;
 pub mod chance;
 pub mod expect;
+pub mod journal;
 pub mod matrix;
 pub mod oracle;
 pub mod policy;

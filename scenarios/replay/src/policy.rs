@@ -10,7 +10,7 @@
 //!
 //! `static` and `best-single` know the whole scenario beforehand, which nobody who runs a service does.
 
-use crate::scenario::{Scenario, TimedOrder};
+use crate::scenario::{OrderLine, Scenario};
 use std::collections::{BTreeMap, BTreeSet};
 use vmatrix_cpa_core::ahead::{self, Bounds};
 use vmatrix_cpa_core::solve::{self, Case, Rates, Rule, Size, Step, Tables};
@@ -79,7 +79,7 @@ impl Policy {
             if service.kind == Kind::Replica && sizes > 0 {
                 let mut at: BTreeMap<NetworkId, u32> = cheapest(&scenario, &service, sizes);
                 at.entry(service.home.clone()).or_insert(0);
-                scenario.orders.push(TimedOrder { at_s: 0, service: service.name.clone(), at });
+                scenario.orders.push(OrderLine { at_s: 0, service: service.name.clone(), at, fair: None });
             }
         }
         scenario.fleet.services.iter_mut().for_each(|s| s.automatic = false);

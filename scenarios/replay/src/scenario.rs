@@ -1,8 +1,13 @@
 //! A scenario: a fleet and what happens to it. The lab plays it for real, the replay in virtual time.
 
+mod demand;
+mod orders;
+
+pub use demand::Demand;
+pub use orders::OrderLine;
+
 use crate::expect::Expect;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use vmatrix_model::config::{BadFile, parse_toml};
 use vmatrix_model::fleet::{BadFleet, Fleet};
 use vmatrix_model::{NetworkId, RegionId, ServiceId};
@@ -32,7 +37,7 @@ pub struct Scenario {
     #[serde(rename = "crowd", default)]
     pub crowds: Vec<Crowd>,
     #[serde(rename = "order", default)]
-    pub orders: Vec<TimedOrder>,
+    pub orders: Vec<OrderLine>,
     #[serde(rename = "fault", default)]
     pub faults: Vec<Fault>,
     /// What the play must show; it fails where it does not.
@@ -69,54 +74,6 @@ pub struct WriteBack {
     pub body: String,
 }
 
-/// Demand of one region for one service.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Demand {
-    pub service: ServiceId,
-    pub region: RegionId,
-    /// On average, where it is not the same at all times.
-    pub requests_per_s: f64,
-    /// How much is asked in each of the 24 hours from the start, in any unit; from the middle of one to the next it
-    /// changes evenly. None: the same at all hours.
-    #[serde(default)]
-    pub hours: Vec<f64>,
-}
-
-impl Demand {
-    /// Requests a second at `second` (from the start).
-    pub fn rate(&self, second: f64) -> f64 {
-        let all: f64 = self.hours.iter().sum();
-        if all <= 0.0 {
-            return self.requests_per_s;
-        }
-        let hours = self.hours.len();
-        // In hours since the middle of the day's first.
-        let at = (second / 3600.0 - 0.5).rem_euclid(hours as f64);
-        let (before, part) = (at as usize % hours, at.fract());
-        let between = self.hours[before] * (1.0 - part) + self.hours[(before + 1) % hours] * part;
-        self.requests_per_s * between * hours as f64 / all
-    }
-
-    /// A rate that is never exceeded.
-    pub fn peak(&self) -> f64 {
-        let (all, most) = self.hours.iter().fold((0.0, 0.0_f64), |(all, most), h| (all + h, most.max(*h)));
-        if all <= 0.0 { self.requests_per_s } else { self.requests_per_s * most * self.hours.len() as f64 / all }
-    }
-
-    fn fault(&self) -> Option<String> {
-        if !self.hours.is_empty() && self.hours.len() != 24 {
-            return Some(format!("hours has {} values, a day has 24", self.hours.len()));
-        }
-        let possible = |h: &f64| (0.0..=HOUR_MAX).contains(h);
-        if let Some(bad) = self.hours.iter().find(|h| !possible(h)) {
-            return Some(format!("hours has {bad}, which must be 0 to {HOUR_MAX}"));
-        }
-        let nothing = !self.hours.is_empty() && self.hours.iter().all(|h| *h == 0.0);
-        nothing.then(|| "hours are all 0: leave the line out".to_owned())
-    }
-}
-
 /// A flash crowd, on top of steady demand.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -128,15 +85,6 @@ pub struct Crowd {
     pub ramp_s: u32,
     pub end_s: u32,
     pub requests_per_s: f64,
-}
-
-/// An operator's order at a time.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TimedOrder {
-    pub at_s: u32,
-    pub service: ServiceId,
-    pub at: BTreeMap<NetworkId, u32>,
 }
 
 /// A daemon killed (SIGKILL) and started again.
@@ -214,8 +162,6 @@ fn whole(file: &str, text: &str) -> Result<String, BadScenario> {
 /// Longest scenario: two weeks, of which the first day teaches what is usual.
 const LENGTH_MAX_S: u32 = 14 * DAY_S;
 const DAY_S: u32 = 86_400;
-/// Highest value of an hour; they are compared with one another only.
-const HOUR_MAX: f64 = 1e6;
 /// Highest rate of one line; the lab's clients are one process.
 const RATE_MAX: f64 = 10_000.0;
 /// Most machines of a network, as many as a VM agent takes.
@@ -239,7 +185,7 @@ impl Scenario {
     /// # Errors
     /// As [`Scenario::read`].
     pub fn parse(file: &str, text: &str) -> Result<Scenario, BadScenario> {
-        let s: Scenario = parse_toml(file, &whole(file, text)?)?;
+        let mut s: Scenario = parse_toml(file, &whole(file, text)?)?;
         s.fleet.check().map_err(|source| BadScenario::Fleet { file: file.into(), source })?;
         let range = |problem: String| Err(BadScenario::Range { file: file.into(), problem });
         if s.length_s == 0 || s.length_s > LENGTH_MAX_S {
@@ -272,8 +218,10 @@ impl Scenario {
         if s.resolver_ttl_s > DAY_S {
             return range(format!("resolver_ttl_s = {} must be 0 to {DAY_S}", s.resolver_ttl_s));
         }
-        if let Some((d, fault)) = s.demand.iter().find_map(|d| Some((d, d.fault()?))) {
-            return range(format!("demand from {} for {}: {fault}", d.region, d.service));
+        for d in &mut s.demand {
+            if let Some(fault) = d.fault().or_else(|| d.load(file, s.length_s).err()) {
+                return range(format!("demand from {} for {}: {fault}", d.region, d.service));
+            }
         }
         if let Some(n) = s.fleet.networks.iter().find(|n| n.machines > MACHINES_MAX) {
             return range(format!(
@@ -305,10 +253,8 @@ impl Scenario {
                 return range(format!("traffic of {} asks for nothing: give get or write", t.service));
             }
         }
-        for o in &s.orders {
-            if s.fleet.service(&o.service).is_none() || o.at.keys().any(|n| s.fleet.network(n).is_none()) {
-                return range(format!("order at {} s names a service or network that does not exist", o.at_s));
-            }
+        if let Some((o, fault)) = s.orders.iter().find_map(|o| Some((o, o.fault(&s.fleet)?))) {
+            return range(format!("order at {} s {fault}", o.at_s));
         }
         for e in &s.expected {
             if let Some(fault) = e.fault() {
@@ -316,6 +262,10 @@ impl Scenario {
             }
             if let Some(unknown) = e.service.as_ref().filter(|service| s.fleet.service(service).is_none()) {
                 return range(format!("an expectation names service {unknown}, which does not exist"));
+            }
+            let mut regions = e.gap.iter().flatten().flatten();
+            if let Some(unknown) = regions.find(|region| s.fleet.region(region).is_none()) {
+                return range(format!("an expectation names region {unknown}, which does not exist"));
             }
             if let Some(unknown) = e.network.as_ref().filter(|network| s.fleet.network(network).is_none()) {
                 return range(format!("an expectation names network {unknown}, which does not exist"));
@@ -338,11 +288,9 @@ impl Scenario {
         Ok(s)
     }
 
-    /// The number of requests to expect, from above: every line at its full rate for as long as it lasts.
+    /// The number of requests to expect, from above: every crowd at its full rate for as long as it lasts.
     fn requests_at_most(&self) -> f64 {
-        // Whole days ask their mean, the rest of one at most its peak.
-        let (days, rest) = (f64::from(self.length_s / DAY_S * DAY_S), f64::from(self.length_s % DAY_S));
-        let steady: f64 = self.demand.iter().map(|d| d.requests_per_s * days + d.peak() * rest).sum();
+        let steady: f64 = self.demand.iter().map(|d| d.requests_at_most(self.length_s)).sum();
         let crowds: f64 =
             self.crowds.iter().map(|c| c.requests_per_s * f64::from(c.end_s.saturating_sub(c.onset_s))).sum();
         steady + crowds
@@ -379,8 +327,8 @@ mod tests {
     fn hours_bend_a_rate_and_keep_its_mean() {
         let mut hours = vec![0.0; 24];
         hours[6..18].fill(3.0);
-        let (service, region) = ("maps".parse().unwrap(), "seoul".parse().unwrap());
-        let d = Demand { service, region, requests_per_s: 2.0, hours };
+        let mut d: Demand = toml::from_str("service = 'maps'\nregion = 'seoul'\nrequests_per_s = 2.0").unwrap();
+        d.hours = hours;
         assert_eq!([d.rate(3600.0 * 12.0), d.rate(3600.0), d.peak()], [4.0, 0.0, 4.0]);
         // Half way between the middles of two hours it is half way between their rates, and each day is alike.
         assert_eq!([d.rate(3600.0 * 6.0), d.rate(3600.0 * 54.0)], [2.0, 2.0]);

@@ -113,6 +113,21 @@ fn a_fault_says_whom_and_when() {
 }
 
 #[test]
+fn an_order_says_where_or_for_whom() {
+    let with = |order: &str| {
+        let text = format!("{GOOD}\n[[order]]\nat_s = 3\n{order}\n");
+        Scenario::parse("bad.toml", &text).map(|_| ()).map_err(|e| e.to_string())
+    };
+    let refused = |order: &str| with(order).unwrap_err();
+    assert_eq!(with("service = \"maps\"\nfair = [[\"seoul\"], [\"berlin\"]]"), Ok(()));
+    says(&refused("service = \"maps\""), &["order at 3 s", "give at, or fair"]);
+    says(&refused("service = \"mops\"\nat = { tokyo = 1 }"), &["does not exist"]);
+    says(&refused("service = \"maps\"\nfair = [[\"seoul\", \"berlin\"]]"), &["two teams or more"]);
+    says(&refused("service = \"maps\"\nfair = [[\"soul\"], [\"berlin\"]]"), &["soul", "did you mean \"seoul\"?"]);
+    says(&refused("service = \"maps\"\nfare = [[\"seoul\"]]"), &["unknown field `fare`", "did you mean `fair`?"]);
+}
+
+#[test]
 fn a_file_that_is_not_there_is_named() {
     let error = Scenario::read(std::path::Path::new("no-such.toml")).unwrap_err().to_string();
     says(&error, &["no-such.toml", "hint"]);

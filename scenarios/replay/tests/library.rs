@@ -116,6 +116,12 @@ fn a_service_goes_where_the_hour_is_cheap() {
 }
 
 #[test]
+fn a_computation_follows_the_cheap_hours() {
+    let (_, report) = as_expected("cheap-hours");
+    assert!(report.moves.iter().all(|m| m.cause == "epoch"), "{:?}", report.moves);
+}
+
+#[test]
 fn ten_times_as_much_within_a_minute_is_a_crowd() {
     let report = check("ten-times-in-a-minute");
     assert_eq!(report.moves[0].cause, "burst");
@@ -150,6 +156,36 @@ fn where_there_is_room_for_one_the_other_stays_at_home() {
 #[test]
 fn two_services_whose_hours_do_not_meet_share_a_pool() {
     as_expected("stock-and-sport");
+}
+
+#[test]
+fn a_crowd_is_helped_before_the_image_is_whole_where_the_link_is_slow() {
+    let (recording, _) = as_expected("link-slow");
+    let burst = recording.decisions.iter().filter(|d| report::cause(&d.plan.cause) == "burst");
+    let on_its_way: Vec<_> = burst.flat_map(|d| &d.plan.moves).filter(|m| m.bytes.0 > 0).collect();
+    let [m] = &on_its_way[..] else { panic!("{on_its_way:?}") };
+    assert_eq!(m.network.as_str(), "tokyo");
+    // It serves long before those bytes could have come.
+    let decided = recording.decisions.iter().find(|d| d.plan.moves.contains(m)).unwrap();
+    let serving = decided.serving_at.unwrap().since(decided.plan.at);
+    assert!(serving.times(10) < m.time, "{serving} against {}", m.time);
+}
+
+#[test]
+fn a_match_is_played_where_it_is_fair() {
+    let report = check("game-match");
+    assert!(report.moves.iter().all(|m| m.cause == "order"), "{:?}", report.moves);
+}
+
+#[test]
+fn an_attack_is_served_like_a_crowd_and_harms_nobody_else() {
+    let report = check("attack");
+    assert_eq!(report.moves[0].cause, "burst");
+    assert!(
+        report.moves.iter().all(|m| m.service.as_str() == "maps" && !m.action.contains("x3")),
+        "{:?}",
+        report.moves
+    );
 }
 
 #[test]
@@ -298,17 +334,19 @@ fn the_page_is_whole_and_needs_nothing_from_elsewhere() {
         "Demand",
         "Instances serving",
         "Image bytes",
+        "Cost so far",
+        "What happened where",
         "Decisions",
         "prefers-color-scheme: dark",
     ] {
         assert!(page.contains(wanted), "the page lacks {wanted}");
     }
-    for unwanted in ["http://", "https://", "<script", "url(", "NaN"] {
+    for unwanted in ["http://", "https://", " src=", "<link", "url(", "NaN"] {
         assert!(!page.contains(unwanted), "the page holds {unwanted}");
     }
     for tag in [
-        "figure", "svg", "section", "table", "details", "g", "ul", "li", "ol", "text", "title", "div", "dl", "tr",
-        "td", "th",
+        "figure", "svg", "section", "script", "table", "details", "g", "ul", "li", "ol", "text", "title", "div", "dl",
+        "tr", "td", "th",
     ] {
         let (opened, closed) = (
             page.matches(&format!("<{tag}>")).count() + page.matches(&format!("<{tag} ")).count(),

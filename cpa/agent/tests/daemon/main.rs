@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use std::time::Duration;
 use vmatrix_cpa_agent::client::Client;
 use vmatrix_model::Generation;
-use vmatrix_model::wire::{Event, Order};
+use vmatrix_model::wire::{Event, Fair, Order, Problem};
 use world::{TOKEN, configure, eventually, free_port, networks, report, start};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -44,7 +44,7 @@ async fn the_daemon_places_steers_obeys_and_goes_on_after_a_kill() {
     let cpa = Client::new(&base, TOKEN).unwrap();
     let mut events = cpa.events().await.unwrap();
     assert!(matches!(events.next().await, Some(Ok(Event::Snapshot(_)))), "a snapshot comes first");
-    let order = Order { service: "agenda".parse().unwrap(), at: [("dublin".parse().unwrap(), 1)].into() };
+    let order = Order { service: "agenda".parse().unwrap(), at: [("dublin".parse().unwrap(), 1)].into(), fair: None };
     let plan = cpa.plan(&order).await.unwrap();
     let decision = cpa.apply(plan.id).await.unwrap();
     assert_eq!(cpa.apply(plan.id).await.unwrap_err().status(), Some(404), "a plan is applied once");
@@ -58,9 +58,25 @@ async fn the_daemon_places_steers_obeys_and_goes_on_after_a_kill() {
     };
     assert!(tokio::time::timeout(Duration::from_secs(5), told).await.unwrap(), "watchers hear of the decision");
     eventually("dublin is told", || assigned("dublin", decision.generation.0)).await;
-    let wrong = Order { service: "agendo".parse().unwrap(), at: [("dublin".parse().unwrap(), 1)].into() };
+    let wrong = Order { service: "agendo".parse().unwrap(), at: [("dublin".parse().unwrap(), 1)].into(), fair: None };
     let refused = cpa.plan(&wrong).await.unwrap_err();
     assert!(refused.to_string().contains("did you mean agenda?") && refused.status() == Some(422), "{refused}");
+
+    let team = |region: &str| vec![region.parse().unwrap()];
+    let fair = Some(Fair { teams: vec![team("new-york"), team("berlin")], slack_percent: None, cap_ms: None });
+    let game = Order { service: "maps".parse().unwrap(), at: [].into(), fair };
+    let fairest = cpa.plan(&game).await.unwrap();
+    let [m] = &fairest.moves[..] else { panic!("{:?}", fairest.moves) };
+    assert!(m.network.as_str() == "dublin" && m.reason.starts_with("fairest to new-york against berlin: "), "{m}");
+    let body = r#"{"service":"maps","fair":{"teams":[["new-york"],["berln"]]}}"#;
+    let post = http.post(format!("{base}/v1/plan")).bearer_auth(TOKEN).header("content-type", "application/json");
+    let refused = post.body(body).send().await.unwrap();
+    assert_eq!(refused.status(), 422);
+    let problem: Problem = refused.json().await.unwrap();
+    assert!(
+        problem.problem.contains("no region berln") && problem.hint.contains("did you mean berlin?"),
+        "{problem:?}"
+    );
 
     daemon.abort();
     let _ = daemon.await;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // A test may panic; the lint's own exception does not reach its helpers.
 
 mod ahead;
+mod fair;
 mod singleton;
 mod trouble;
 mod world;

@@ -343,8 +343,12 @@ impl World {
     }
 
     pub fn order(&mut self, s: &str, at: &[(&str, u32)]) -> Option<Plan> {
+        self.ask(Order { service: service(s), at: at.iter().map(|(n, i)| (network(n), *i)).collect(), fair: None })
+    }
+
+    pub fn ask(&mut self, order: Order) -> Option<Plan> {
         self.planned = None;
-        self.hear(Event::Order(Order { service: service(s), at: at.iter().map(|(n, i)| (network(n), *i)).collect() }));
+        self.hear(Event::Order(order));
         self.planned.clone()
     }
 }

@@ -1,10 +1,11 @@
 //! Charts over time as SVG text: one shared time axis, a few kinds of marks.
 //!
 //! ```text
-//! Chart::new ─▶ shade, rule, mark, line, dots, bar ─▶ finish: <figure>
+//! Chart::new ─▶ shade, rule, mark, line, area, dots, bar ─▶ finish: <figure>
 //! ```
 //!
-//! Colors are classes (`s0` to `s7` for series), so that one style sheet serves light and dark.
+//! Colors are classes (`s0` to `s7` for series, `p0` to `p3` for parts of a sum), so that one style sheet serves light
+//! and dark.
 
 use std::fmt::Write;
 use vmatrix_model::{Span, Time};
@@ -16,6 +17,8 @@ const TOP: f64 = 26.0;
 const BOTTOM: f64 = 26.0;
 /// Colors a style sheet has for series; more series share them.
 pub(super) const COLORS: usize = 8;
+/// Plays from so long on have an axis in hours.
+const LONG: Span = Span::secs(7200);
 
 /// One chart while it is being drawn.
 pub(super) struct Chart {
@@ -25,6 +28,8 @@ pub(super) struct Chart {
     height: f64,
     /// Value at the top; the bottom is zero.
     top: f64,
+    /// Names of areas, in their colors.
+    key: String,
     body: String,
 }
 
@@ -51,19 +56,28 @@ impl Chart {
 
     /// A chart without a value axis, for rows of bars.
     pub fn bare(title: &str, about: &str, length: Span, height: f64) -> Chart {
-        let mut chart =
-            Chart { title: escape(title), about: escape(about), length, height, top: 1.0, body: String::new() };
-        let step = round_step(length.as_secs_f64() / 8.0);
-        let mut second = 0.0;
-        while second <= length.as_secs_f64() {
-            let x = chart.x(Time((second * 1e6) as u64));
-            let unit = if second == 0.0 { " s" } else { "" };
+        let mut chart = Chart {
+            title: escape(title),
+            about: escape(about),
+            length,
+            height,
+            top: 1.0,
+            key: String::new(),
+            body: String::new(),
+        };
+        let (unit, seconds) = if length >= LONG { ("h", 3600.0) } else { ("s", 1.0) };
+        let whole = length.as_secs_f64() / seconds;
+        let step = round_step(whole / 8.0);
+        let mut value = 0.0;
+        while value <= whole {
+            let x = chart.x(Time((value * seconds * 1e6) as u64));
+            let unit = if value == 0.0 { format!(" {unit}") } else { String::new() };
             chart.put(format_args!(
                 "<text class='tick' x='{x:.1}' y='{:.1}' text-anchor='middle'>{}{unit}</text>",
                 height - 8.0,
-                trimmed(second)
+                trimmed(value)
             ));
-            second += step;
+            value += step;
         }
         chart
     }
@@ -98,10 +112,10 @@ impl Chart {
         self.put(format_args!("<line class='rule' x1='{LEFT}' x2='{:.1}' y1='{y:.1}' y2='{y:.1}'/><text class='label' x='{:.1}' y='{:.1}' text-anchor='end'>{}</text>", WIDTH - RIGHT, WIDTH - RIGHT, y - 4.0, escape(name)));
     }
 
-    /// A moment: a number at the top that the list of decisions repeats.
+    /// A moment: a number at the top that the list of decisions repeats, and the map jumps to.
     pub fn mark(&mut self, at: Time, number: usize, name: &str) {
         let x = self.x(at);
-        self.put(format_args!("<g><title>{}</title><line class='mark' x1='{x:.1}' x2='{x:.1}' y1='{TOP}' y2='{:.1}'/><circle class='flag' cx='{x:.1}' cy='14' r='9'/><text class='number' x='{x:.1}' y='18' text-anchor='middle'>{number}</text></g>", escape(name), self.height - BOTTOM));
+        self.put(format_args!("<g class='jump' data-decision='{number}'><title>{}</title><line class='mark' x1='{x:.1}' x2='{x:.1}' y1='{TOP}' y2='{:.1}'/><circle class='flag' cx='{x:.1}' cy='14' r='9'/><text class='number' x='{x:.1}' y='18' text-anchor='middle'>{number}</text></g>", escape(name), self.height - BOTTOM));
     }
 
     /// A line through values over time, broken where there is none.
@@ -121,6 +135,18 @@ impl Chart {
             series % COLORS,
             escape(name)
         ));
+    }
+
+    /// What lies between two lines through values at the same times.
+    pub fn area(&mut self, part: usize, name: &str, low: &[(Time, f64)], high: &[(Time, f64)]) {
+        let mut path = String::new();
+        for (at, value) in high.iter().chain(low.iter().rev()) {
+            let pen = if path.is_empty() { 'M' } else { 'L' };
+            let _ = write!(path, "{pen}{:.1} {:.1}", self.x(*at), self.y(*value));
+        }
+        let name = escape(name);
+        self.put(format_args!("<path class='area p{part}' d='{path}Z'><title>{name}</title></path>"));
+        let _ = write!(self.key, "<li><span class='swatch p{part}'></span>{name}</li>");
     }
 
     /// One small dot per value.
@@ -160,8 +186,9 @@ impl Chart {
 
     /// The figure, ready to stand in a page.
     pub fn finish(self) -> String {
+        let key = if self.key.is_empty() { String::new() } else { format!("<ul class='legend'>{}</ul>", self.key) };
         format!(
-            "<figure><h2>{0}</h2><svg viewBox='0 0 {WIDTH} {1}' role='img' aria-label='{0}. {2}'><title>{0}</title><desc>{2}</desc>{3}</svg><figcaption>{2}</figcaption></figure>\n",
+            "<figure><h2>{0}</h2>{key}<svg viewBox='0 0 {WIDTH} {1}' role='img' aria-label='{0}. {2}'><title>{0}</title><desc>{2}</desc>{3}</svg><figcaption>{2}</figcaption></figure>\n",
             self.title, self.height, self.about, self.body
         )
     }

@@ -1,24 +1,22 @@
-//! The report as one HTML file that needs nothing else: no script, no font, no network.
+//! The report as one HTML file that needs nothing else: no library, no font, no network.
 //!
 //! ```text
-//! key figures ─▶ charts on one time axis (response time, demand, instances, bytes) ─▶ decisions ─▶ tables
+//! key figures ─▶ map that plays ─▶ charts on one time axis ─▶ bytes ─▶ decisions ─▶ tables
 //! ```
+//!
+//! The only script is the map's; without it everything else still says what it says.
 
-use super::chart::{COLORS, Chart, escape};
-use super::{Report, action, cause_in_words, crowd, ms, percentile};
-use crate::recording::{Ports, Recording, Request};
+use super::chart::{COLORS, escape};
+use super::{Report, action, cause_in_words, ms, percentile};
+use crate::recording::{Ports, Recording};
 use crate::scenario::Scenario;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use vmatrix_model::plan::{Cause, Decision};
 use vmatrix_model::{Bytes, NetworkId, RegionId, ServiceId, Span, Time};
 
-/// Most single requests drawn; beyond that the lines say enough and the file stays small.
-const DOTS_MAX: usize = 4_000;
-/// Points of a line.
-const POINTS: u64 = 120;
-/// The stretch of time that a point of a latency or demand line looks back and forward over, together.
-const WINDOW: Span = Span::secs(6);
+/// From so long on, times are hours, minutes and seconds.
+const LONG: Span = Span::secs(3600);
 
 /// Draws the whole page.
 pub fn html(scenario: &Scenario, recording: &Recording, report: &Report) -> String {
@@ -26,7 +24,7 @@ pub fn html(scenario: &Scenario, recording: &Recording, report: &Report) -> Stri
     let page = Page { scenario, recording, report, decided, length: Span::secs(u64::from(scenario.length_s)) };
     let (about, style) = (escape(&scenario.about), include_str!("style.css"));
     format!(
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>\n<title>{name}: vMatrix report</title>\n<style>\n{style}</style></head>\n<body><header><h1>{about}</h1><p>Scenario <b>{name}</b>, played {how}.</p></header>\n<main>{figures}{legend}{charts}{decisions}{tables}</main></body></html>\n",
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>\n<title>{name}: vMatrix report</title>\n<style>\n{style}</style></head>\n<body><header><h1>{about}</h1><p>Scenario <b>{name}</b>, played {how}.</p></header>\n<main>{figures}{legend}{map}{charts}{bytes}{decisions}{tables}</main>\n<script>\n{script}</script></body></html>\n",
         name = escape(&report.scenario),
         how = if report.accelerator == "replay" {
             "in virtual time".to_owned()
@@ -35,21 +33,32 @@ pub fn html(scenario: &Scenario, recording: &Recording, report: &Report) -> Stri
         },
         figures = page.figures(),
         legend = page.legend(),
+        map = page.map(),
         charts = page.charts(),
+        bytes = page.bytes(),
         decisions = page.decisions(),
         tables = page.tables(),
+        script = include_str!("map.js"),
     )
 }
 
-struct Page<'a> {
-    scenario: &'a Scenario,
-    recording: &'a Recording,
-    report: &'a Report,
-    decided: Vec<&'a Decision>,
-    length: Span,
+/// What the parts of the page are drawn from.
+pub(super) struct Page<'a> {
+    pub scenario: &'a Scenario,
+    pub recording: &'a Recording,
+    pub report: &'a Report,
+    /// Every decision but the first placement: the numbered ones.
+    pub decided: Vec<&'a Decision>,
+    pub length: Span,
 }
 
 impl Page<'_> {
+    /// A time as people read it.
+    fn when(&self, at: Time) -> String {
+        let seconds = at.since(Time(0)).as_secs_f64();
+        if self.length < LONG { format!("{seconds:.1} s") } else { clock(seconds as u64) }
+    }
+
     fn figures(&self) -> String {
         let r = self.report;
         let mut out = String::from("<dl class='figures'>");
@@ -107,160 +116,6 @@ impl Page<'_> {
         )
     }
 
-    fn charts(&self) -> String {
-        let mut out = String::new();
-        for service in &self.scenario.fleet.services {
-            out += &self.latency(&service.name, service.objective_ms);
-        }
-        out + &self.demand() + &self.instances() + &self.bytes()
-    }
-
-    /// Shades the crowds and marks the decisions; everything else is drawn over it.
-    fn setting(&self, chart: &mut Chart) {
-        for c in &self.scenario.crowds {
-            chart.shade(crowd::onset(c), crowd::end(c), &format!("crowd in {} for {}", c.region, c.service));
-        }
-        for (i, d) in self.decided.iter().enumerate() {
-            chart.mark(d.plan.at, i + 1, &cause_in_words(&d.plan.cause));
-        }
-    }
-
-    fn latency(&self, service: &ServiceId, objective_ms: u32) -> String {
-        let requests: Vec<&Request> = self.recording.requests.iter().filter(|r| r.service == *service).collect();
-        let mut sorted: Vec<Span> = requests.iter().map(|r| r.took).collect();
-        sorted.sort_unstable();
-        let Some(longest) = sorted.last() else { return String::new() };
-        // A single outlier must not flatten everything else: it is drawn at the top edge.
-        let usual = percentile(&sorted, 99).unwrap_or(*longest).0 * 13 / 10;
-        let rule = if u64::from(objective_ms) <= ms(Span(usual)) * 2 { f64::from(objective_ms) } else { 0.0 };
-        let max = (ms((*longest).min(Span(usual))) as f64).max(rule * 1.1);
-        let about = format!(
-            "Each dot is a request; the lines are the 95th percentile per client region. The objective is {objective_ms} ms."
-        );
-        let mut chart = Chart::new(&format!("Response time of {service}"), &about, self.length, 300.0, max, "ms");
-        self.setting(&mut chart);
-        if rule > 0.0 {
-            chart.rule(rule, "objective");
-        }
-        for (series, region) in self.scenario.fleet.regions.iter().enumerate() {
-            let of: Vec<(Time, Span)> = requests
-                .iter()
-                .filter(|r| r.region == region.name && r.failed.is_none())
-                .map(|r| (r.at, r.took))
-                .collect();
-            if requests.len() <= DOTS_MAX {
-                chart.dots(series, &of.iter().map(|(at, took)| (*at, took.0 as f64 / 1000.0)).collect::<Vec<_>>());
-            }
-            let p95 = |within: &[(Time, Span)]| {
-                let mut took: Vec<Span> = within.iter().map(|(_, t)| *t).collect();
-                took.sort_unstable();
-                percentile(&took, 95).map(|p| p.0 as f64 / 1000.0)
-            };
-            chart.line(series, &format!("p95 in {}", region.name), &self.over_time(&of, p95));
-        }
-        chart.finish()
-    }
-
-    fn demand(&self) -> String {
-        let window = WINDOW.as_secs_f64();
-        let lines: Vec<Vec<(Time, Option<f64>)>> = self
-            .scenario
-            .fleet
-            .regions
-            .iter()
-            .map(|region| {
-                let of: Vec<(Time, Span)> = self
-                    .recording
-                    .requests
-                    .iter()
-                    .filter(|r| r.region == region.name)
-                    .map(|r| (r.at, r.took))
-                    .collect();
-                self.over_time(&of, |within| Some(within.len() as f64 / window))
-            })
-            .collect();
-        let max = lines.iter().flatten().filter_map(|(_, v)| *v).fold(1.0, f64::max);
-        let mut chart = Chart::new(
-            "Demand",
-            "Requests a second per client region, all services together.",
-            self.length,
-            190.0,
-            max,
-            "/s",
-        );
-        self.setting(&mut chart);
-        for (series, (region, points)) in self.scenario.fleet.regions.iter().zip(&lines).enumerate() {
-            chart.line(series, region.name.as_str(), points);
-        }
-        chart.finish()
-    }
-
-    /// A value per point of time, from what began within [`WINDOW`] around it.
-    fn over_time(
-        &self,
-        begun: &[(Time, Span)],
-        value: impl Fn(&[(Time, Span)]) -> Option<f64>,
-    ) -> Vec<(Time, Option<f64>)> {
-        let half = Span(WINDOW.0 / 2);
-        let point = |k| {
-            let at = Time(self.length.0 / POINTS * k);
-            let first = begun.partition_point(|(t, _)| *t < at - half);
-            let next = begun.partition_point(|(t, _)| *t < at + half);
-            (at, value(&begun[first..next]))
-        };
-        (0..=POINTS).map(point).collect()
-    }
-
-    /// One block of rows a service: its name, then its networks.
-    fn instances(&self) -> String {
-        let fleet = &self.scenario.fleet;
-        let rows: Vec<(&ServiceId, Option<&NetworkId>)> = fleet
-            .services
-            .iter()
-            .flat_map(|s| {
-                std::iter::once((&s.name, None)).chain(fleet.networks.iter().map(|n| (&s.name, Some(&n.name))))
-            })
-            .collect();
-        let mut chart = Chart::bare(
-            "Instances serving",
-            "A bar where and while instances of a service answer; everywhere else the image sleeps.",
-            self.length,
-            52.0 + 25.0 * rows.len() as f64,
-        );
-        self.setting(&mut chart);
-        for (i, (service, network)) in rows.iter().enumerate() {
-            let Some(network) = network else {
-                chart.heading(i, rows.len(), service.as_str());
-                continue;
-            };
-            chart.row(i, rows.len(), network.as_str());
-            for (from, to, n) in self.serving(service, network) {
-                let name = format!("{n} of {service} at {network}, {} to {}", from.since(Time(0)), to.since(Time(0)));
-                chart.bar(i, rows.len(), from, to, &name);
-            }
-        }
-        chart.finish()
-    }
-
-    /// The stretches of time in which `network` served `service`, with how many instances.
-    fn serving(&self, service: &ServiceId, network: &NetworkId) -> Vec<(Time, Time, u32)> {
-        let mut stretches: Vec<(Time, Time, u32)> = Vec::new();
-        let end = Time(0) + self.length;
-        for i in self.recording.instances.iter().filter(|i| i.service == *service) {
-            if let Some(last) = stretches.last_mut().filter(|l| l.1 == end) {
-                last.1 = i.at;
-            }
-            let n = i.serving.get(network).copied().unwrap_or(0);
-            if n > 0 {
-                match stretches.last_mut().filter(|l| l.1 == i.at && l.2 == n) {
-                    Some(last) => last.1 = end,
-                    None => stretches.push((i.at, end, n)),
-                }
-            }
-        }
-        stretches
-    }
-
     fn bytes(&self) -> String {
         let mut per: BTreeMap<(&ServiceId, &NetworkId), Bytes> = BTreeMap::new();
         for m in self.recording.decisions.iter().flat_map(|d| &d.plan.moves) {
@@ -284,11 +139,12 @@ impl Page<'_> {
 
     fn decisions(&self) -> String {
         let mut out = String::from("<section><h2>Decisions</h2><ol class='decisions'>");
-        for d in &self.decided {
-            let time = d.plan.at.since(Time(0)).as_secs_f64();
+        for (i, d) in self.decided.iter().enumerate() {
             let _ = write!(
                 out,
-                "<li><p><b>{time:.1} s</b> {} <span class='quiet'>{}</span></p><ul>",
+                "<li><p><a class='jump' href='#map' data-decision='{}'>{}</a> {} <span class='quiet'>{}</span></p><ul>",
+                i + 1,
+                self.when(d.plan.at),
                 escape(&cause_in_words(&d.plan.cause)),
                 d.generation
             );
@@ -385,4 +241,9 @@ impl Page<'_> {
             escape(service.as_str())
         )
     }
+}
+
+/// h:mm:ss.
+pub(super) fn clock(seconds: u64) -> String {
+    format!("{}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60)
 }

@@ -24,6 +24,9 @@ mod chart;
 mod cost;
 pub(crate) mod crowd;
 mod html;
+mod map;
+mod over_time;
+mod place;
 mod table;
 
 pub use cost::{Cost, cost};

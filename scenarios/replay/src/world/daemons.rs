@@ -8,6 +8,7 @@
 
 use super::machine::Begun;
 use super::{Happening, NEAR, Site, ToCpa, World};
+use crate::scenario::OrderLine;
 use std::collections::BTreeMap;
 use vmatrix_cpa_core::{Command as CpaCommand, Cpa, Event as CpaEvent, Memory, Policy};
 use vmatrix_model::assignment::Assignment;
@@ -15,7 +16,6 @@ use vmatrix_model::edge_config::EdgeConfig;
 use vmatrix_model::fleet::{Fleet, Service};
 use vmatrix_model::plan::Cause;
 use vmatrix_model::steering::Steering;
-use vmatrix_model::wire::Order;
 use vmatrix_model::{NetworkId, Span};
 use vmatrix_vma_core::Vma;
 use vmatrix_vma_core::steps::{Command as VmaCommand, Event as VmaEvent, Fault, Step};
@@ -99,12 +99,12 @@ impl World {
 
     /// An operator asks for a plan, reads it, and applies it.
     pub(super) fn order(&mut self, index: usize) {
-        let Some(order) = self.scenario.orders.get(index).cloned() else { return };
+        let Some(order) = self.scenario.orders.get(index).map(OrderLine::order) else { return };
         if self.cpa.core.is_none() {
             // The operator's command says that nobody listens, and the operator tries again.
             return self.after(Span::secs(1), Happening::Order(index));
         }
-        for command in self.ask_cpa(CpaEvent::Order(Order { service: order.service, at: order.at })) {
+        for command in self.ask_cpa(CpaEvent::Order(order)) {
             match command {
                 CpaCommand::Planned(plan) => self.feed_cpa(CpaEvent::Apply { plan: plan.id }),
                 other => self.obey_cpa(other),
@@ -197,6 +197,8 @@ impl World {
 
     /// A VM agent looks at everything it has.
     pub(super) fn vma_look(&mut self, network: &NetworkId, number: u64) {
+        // So much of an image that is on its way is seen as has come by now.
+        self.take_in(network);
         let Some(site) = self.sites.get_mut(network).filter(|s| s.vma.looks == number) else { return };
         let machines = site.machines.iter_mut().filter(|m| m.up);
         let mut events: Vec<VmaEvent> = machines.map(|m| VmaEvent::Seen(m.seen())).collect();
@@ -352,6 +354,14 @@ impl World {
 
     /// Takes in what has arrived of images, and looks again when the next one should be whole.
     pub(super) fn transferred(&mut self, network: &NetworkId) {
+        self.take_in(network);
+        if let Some(end) = self.sites.get(network).and_then(|site| site.wire.next_end()) {
+            self.queue.put(end, Happening::Transfer(network.clone()));
+        }
+    }
+
+    /// Takes in what has arrived of images.
+    fn take_in(&mut self, network: &NetworkId) {
         let Some(site) = self.sites.get_mut(network) else { return };
         let whole = site.wire.advance(self.now);
         let Site { machines, wire, .. } = site;
@@ -364,9 +374,6 @@ impl World {
                 staged.present = present;
                 staged.fetching = !whole.contains(&name);
             }
-        }
-        if let Some(end) = site.wire.next_end() {
-            self.queue.put(end, Happening::Transfer(network.clone()));
         }
     }
 
