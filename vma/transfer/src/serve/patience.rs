@@ -5,8 +5,8 @@
 //!                                         ├─ another process has put it into the store (looked for) ─▶ sent
 //!                                         └─ PATIENCE is over, and our own sources do not wait for it ─▶ missing
 //! ```
-//! Nobody waits in a circle, for nobody is sent to one that asked later ([`crate::holders`]); and whoever waits too long
-//! for our taste is given up by its own plan.
+//! Nobody waits in a circle, for nobody is sent to one that asked later ([`crate::holders`]); and a want that takes too
+//! long is ended by the plan of whoever has it ([`crate::plan`]).
 
 use super::peer::Peer;
 use super::{Follows, Shared, lock};
